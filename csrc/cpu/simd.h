@@ -1,0 +1,186 @@
+/* W floats at a time, in the vector extensions that gcc and clang share. W and the few instructions that those
+ * extensions cannot name are all that differs between instruction sets. */
+#ifndef WHISPERKV_SIMD_H
+#define WHISPERKV_SIMD_H
+#include <stdint.h>
+#include <string.h>
+
+#include "../whisperkv.h"
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
+#endif
+
+#if defined(__AVX512F__)
+#define W 16
+#elif defined(__AVX2__)
+#define W 8
+#else
+#define W 4
+#endif
+
+/* Kernels are written once for all dtypes: the dtype is an argument that inlining turns into a constant. */
+#define INLINE static inline __attribute__((always_inline))
+
+typedef float vf __attribute__((vector_size(4 * W)));
+typedef int32_t vi __attribute__((vector_size(4 * W)));
+typedef uint32_t vu __attribute__((vector_size(4 * W)));
+typedef uint16_t vh __attribute__((vector_size(2 * W))); /* W bfloat16 or float16 */
+
+INLINE vf splat(const float x) { return x - (vf){0}; }
+INLINE vu choose(const vi mask, const vu yes, const vu no) { return ((vu)mask & yes) | (~(vu)mask & no); }
+INLINE vf larger(const vf a, const vf b) { return (vf)choose(a > b, (vu)a, (vu)b); } /* b if a is NaN */
+
+/* a * b + c. Spelled out, because -std=c11 forbids the compiler to contract. */
+INLINE vf fma_(const vf a, const vf b, const vf c) {
+#if defined(__AVX512F__)
+  return (vf)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif defined(__AVX2__)
+  return (vf)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#elif defined(__aarch64__)
+  return (vf)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b);
+#else
+  return a * b + c;
+#endif
+}
+
+/* ---- storage formats ---- */
+
+INLINE vf from_bfloat16(const vh x) { return (vf)(__builtin_convertvector(x, vu) << 16); }
+
+/* To the nearest, ties to even; NaN to the quiet one. */
+INLINE vh to_bfloat16(const vf x) {
+  const vu bits = (vu)x, rounded = bits + 0x7fff + ((bits >> 16) & 1);
+  return __builtin_convertvector(choose(x == x, rounded >> 16, (vu){0} + 0x7fc0), vh);
+}
+
+INLINE vf from_float16(const vh x) {
+#if defined(__AVX512F__)
+  return (vf)_mm512_cvtph_ps((__m256i)x);
+#elif defined(__AVX2__)
+  return (vf)_mm256_cvtph_ps((__m128i)x);
+#else
+  const vu half = __builtin_convertvector(x, vu), size = (half & 0x7fff) << 13, rebias = (vu){0} + (112u << 23);
+  const vu normal = size + rebias + ((vu)(size >= 0x7c00u << 13) & rebias); /* inf and NaN are rebiased twice */
+  const vf tiny = (vf)(normal + (1u << 23)) - 0x1p-14f;                    /* subnormal halves, no subnormal floats */
+  return (vf)(choose(size < 1u << 23, (vu)tiny, normal) | (half & 0x8000) << 16);
+#endif
+}
+
+INLINE vh to_float16(const vf x) {
+#if defined(__AVX512F__)
+  return (vh)_mm512_cvtps_ph((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+#elif defined(__AVX2__)
+  return (vh)_mm256_cvtps_ph((__m256)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+#else
+  const vu bits = (vu)x, size = bits & 0x7fffffff;
+  const vu normal = (size - (112u << 23) + 0xfff + ((size >> 13) & 1)) >> 13;
+  const vu tiny = (vu)((vf)size + 0.5f) - (126u << 23); /* the addition rounds a subnormal half in place */
+  const vu huge = choose(size > 255u << 23, (vu){0} + 0x7e00, (vu){0} + 0x7c00);
+  const vu finite = choose(size < 113u << 23, tiny, normal);
+  return __builtin_convertvector(choose(size < 143u << 23, finite, huge) | (bits & 0x80000000) >> 16, vh);
+#endif
+}
+
+INLINE int64_t size_of(const enum wkv_dtype dtype) { return dtype == WKV_FLOAT32 ? 4 : 2; }
+
+INLINE const void *at(const enum wkv_dtype dtype, const void *const base, const int64_t index) {
+  return (const char *)base + index * size_of(dtype);
+}
+
+INLINE void *at_mut(const enum wkv_dtype dtype, void *const base, const int64_t index) {
+  return (char *)base + index * size_of(dtype);
+}
+
+/* The first n <= W elements at p, then zeros. Where n is the constant W this is one instruction. */
+INLINE vf load(const enum wkv_dtype dtype, const void *const p, const int64_t n) {
+  vf full = {0};
+  vh half = {0};
+  if (dtype == WKV_FLOAT32) memcpy(&full, p, (size_t)n * sizeof(float));
+  else memcpy(&half, p, (size_t)n * sizeof(uint16_t));
+  return dtype == WKV_FLOAT32 ? full : dtype == WKV_BFLOAT16 ? from_bfloat16(half) : from_float16(half);
+}
+
+INLINE void store(const enum wkv_dtype dtype, void *const p, const vf x, const int64_t n) {
+  const vh half = dtype == WKV_BFLOAT16 ? to_bfloat16(x) : to_float16(x);
+  if (dtype == WKV_FLOAT32) memcpy(p, &x, (size_t)n * sizeof(float));
+  else memcpy(p, &half, (size_t)n * sizeof(uint16_t));
+}
+
+/* ---- across lanes ---- */
+
+#ifdef __clang__
+#define SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define SHUFFLE(a, b, ...) __builtin_shuffle(a, b, (vi){__VA_ARGS__})
+#endif
+
+#if W == 16
+#define LANES(F, h) \
+  F(0, h), F(1, h), F(2, h), F(3, h), F(4, h), F(5, h), F(6, h), F(7, h), F(8, h), F(9, h), F(10, h), F(11, h), \
+      F(12, h), F(13, h), F(14, h), F(15, h)
+#elif W == 8
+#define LANES(F, h) F(0, h), F(1, h), F(2, h), F(3, h), F(4, h), F(5, h), F(6, h), F(7, h)
+#else
+#define LANES(F, h) F(0, h), F(1, h), F(2, h), F(3, h)
+#endif
+
+/* Lanes h apart are added; the sums of a go to the lanes without bit h, those of b to the lanes with it. */
+#define FIRST(lane, h) (((lane) & ~(h)) | ((lane) & (h) ? W : 0))
+#define SECOND(lane, h) ((lane) | (h) | ((lane) & (h) ? W : 0))
+#define FOLD(h) \
+  INLINE vf fold_##h(const vf a, const vf b) { \
+    return SHUFFLE(a, b, LANES(FIRST, h)) + SHUFFLE(a, b, LANES(SECOND, h)); \
+  }
+FOLD(1)
+FOLD(2)
+#if W > 4
+FOLD(4)
+#endif
+#if W > 8
+FOLD(8)
+#endif
+
+/* Lane i of the result is the sum of the lanes of x[i]. Overwrites x. */
+INLINE vf sum_each(vf x[W]) {
+#if W > 8
+  for (int i = 0; i < 8; i++) x[i] = fold_8(x[i], x[i + 8]);
+#endif
+#if W > 4
+  for (int i = 0; i < 4; i++) x[i] = fold_4(x[i], x[i + 4]);
+#endif
+  for (int i = 0; i < 2; i++) x[i] = fold_2(x[i], x[i + 2]);
+  return fold_1(x[0], x[1]);
+}
+
+INLINE float sum_of(const vf x) {
+  float sum = x[0];
+  for (int i = 1; i < W; i++) sum += x[i];
+  return sum;
+}
+
+INLINE float largest_of(const vf x) {
+  float largest = x[0];
+  for (int i = 1; i < W; i++) largest = x[i] > largest ? x[i] : largest;
+  return largest;
+}
+
+/* exp(x) for x <= 0, to 1e-7 of its value; 0 below -87, where floats grow subnormal; NaN stays NaN. */
+INLINE vf exp_(const vf x) {
+  const float round = 0x1.8p23f; /* added and taken away, it leaves an integer; in between that stands in the low bits */
+  const vf shifted = fma_(x, splat(1.44269504f), splat(round)), n = shifted - round;
+  const vf r = fma_(n, splat(2.12194440e-4f), fma_(n, splat(-0.693359375f), x)); /* x - n log 2 */
+  vf p = splat(1.9875691500e-4f);
+  p = fma_(p, r, splat(1.3981999507e-3f));
+  p = fma_(p, r, splat(8.3334519073e-3f));
+  p = fma_(p, r, splat(4.1665795894e-2f));
+  p = fma_(p, r, splat(1.6666665459e-1f));
+  p = fma_(p, r, splat(5.0000001201e-1f));
+  p = fma_(p, r * r, r) + 1.0f;
+  const vf power = (vf)(((vu)shifted + 127) << 23); /* 2^n */
+  return (vf)choose(x < -87.0f, (vu){0}, (vu)(p * power));
+}
+
+#endif

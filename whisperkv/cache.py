@@ -1,0 +1,372 @@
+"""The self-attention cache: a fixed number of slots a row, in which a new token takes the place of the evicted one.
+
+Positions are added to Whisper's embeddings before the cache, so the slots may stand in any order. Nothing is
+concatenated or gathered from step to step; only beams, batches that change and rollbacks move tokens about.
+"""
+
+import torch
+from transformers.cache_utils import CacheLayerMixin
+
+from . import ops
+from .compat import tokens_to_remove
+
+LIVE, SLOT, SEEN, PINNED = range(4)  # rows of the cursor, as in whisperkv.h
+_POLICY = {name: number for number, (name, *_) in enumerate(ops.POLICIES)}
+_FAR = torch.iinfo(torch.int32).max
+
+
+def slots_for(tokens, eviction, limit):
+    """Slots to allocate for so many tokens: the budget, or without eviction the next multiple of 64."""
+    slots = -(-tokens // 64) * 64 if eviction is None else eviction.budget
+    return max(min(slots, limit), tokens)
+
+
+class SpareBuffer:
+    """The buffer that the last reordering read from, which the next one writes to: one serves all layers."""
+
+    def __init__(self):
+        self._spare = None
+
+    def reordered(self, slots, rows):
+        """slots[rows], in the spare buffer; the old one becomes the spare."""
+        spare, self._spare = self._spare, slots
+        shape = (len(rows), *slots.shape[1:])
+        if spare is None or spare.shape != shape or spare.dtype != slots.dtype or spare.device != slots.device:
+            spare = slots.new_empty(shape)
+        return torch.index_select(slots, 0, rows, out=spare)
+
+    def __deepcopy__(self, memo):
+        return SpareBuffer()
+
+    def __getstate__(self):
+        return {"_spare": None}
+
+
+class SelfCacheLayer(CacheLayerMixin):
+    """One decoder layer's keys and values.
+
+    key_slots, value_slots  [rows, heads, slots, head_dim]
+    cursor                  int32 [4, rows]: where each row stands, see whisperkv.h
+    positions, scores       [rows, slots] of every token, and what the policy thinks of it; with eviction only
+    padding                 int [rows]: left padding of the first pass; None if no row has some
+    seen                    tokens that went in, padding included: the logical length
+    live                    slots in use, in the row that has most
+    """
+
+    is_compileable = False
+    is_croppable = True
+    is_sliding = False
+    supports_early_init = False
+
+    def __init__(self, eviction=None, limit=448, padding=None, spare=None, record=None):
+        self.eviction, self.limit = eviction, limit
+        self.budget = limit if eviction is None else min(eviction.budget, limit)
+        self.spare = spare or SpareBuffer()
+        self.record = record  # of the whole cache; for stats()
+        self.reset()
+        self.padding = padding
+
+    # What attention calls
+
+    def attend(self, query, key, value, scale, want_weights=False):
+        """New tokens [rows, tokens, heads, head_dim] enter and attend: output of the same shape, and the weights
+        over the slots [rows, heads, tokens, slots] if they are wanted or the policy needs them."""
+        tokens = query.shape[1]
+        self._make_room(key.transpose(1, 2), tokens)
+        output, weights = ops.compact_attention(
+            query, key, value, self.key_slots, self.value_slots, self.cursor, scale,
+            want_weights or self.eviction is not None,
+        )  # fmt: skip
+        if self.eviction is None:
+            self._advance(tokens)
+        else:
+            self._evict(weights, tokens)
+        return output, weights
+
+    def update(self, key_states, value_states, *args, **kwargs):
+        """The interface of transformers: keys and values [rows, heads, tokens, head_dim] in, all of them out."""
+        if self.eviction is not None:
+            raise RuntimeError(
+                "this cache evicts tokens, so only whisperkv's own attention can read it: "
+                "patch the model again, or start from a fresh cache"
+            )
+        tokens, start = key_states.shape[2], self.live
+        self._make_room(key_states, tokens)
+        if self.padding is not None:
+            return self._update_padded(key_states, value_states)
+        self.key_slots[:, :, start : start + tokens] = key_states
+        self.value_slots[:, :, start : start + tokens] = value_states
+        self._advance(tokens)
+        if start == 0:
+            return key_states, value_states
+        return self.key_slots[:, :, : self.live], self.value_slots[:, :, : self.live]
+
+    @property
+    def is_exact(self):
+        """Whether the slots are just the tokens in order, as transformers would hold them."""
+        return self.eviction is None and self.padding is None
+
+    def full_weights(self, weights):
+        """Weights over slots as weights over all tokens seen: 0 for those evicted and for padding."""
+        if self.is_exact:
+            return weights[..., : self.seen]
+        positions = self._positions() + self._padding()[:, None]  # columns of the full width
+        columns = positions.where(self._alive(), self.seen).long()  # dead slots go to one column too many
+        rows, heads, tokens, _ = weights.shape
+        full = weights.new_zeros(rows, heads, tokens, self.seen + 1)
+        full.scatter_(-1, columns[:, None, None, :].expand(weights.shape), weights)
+        return full[..., :-1]
+
+    # What transformers calls
+
+    def lazy_initialization(self, key_states, value_states):
+        rows, heads, tokens, head_dim = key_states.shape
+        self.dtype, self.device = key_states.dtype, key_states.device
+        slots = slots_for(tokens, self.eviction, self.limit)
+        self.key_slots, self.value_slots = (key_states.new_empty(rows, heads, slots, head_dim) for _ in range(2))
+        self.cursor = torch.zeros(4, rows, dtype=torch.int32, device=self.device)
+        if self.padding is not None:
+            self.cursor[SEEN] = -self._padding()
+        if self.eviction is not None:
+            self.positions = torch.zeros(rows, slots, dtype=torch.int32, device=self.device)
+            self.scores = torch.zeros(rows, slots, device=self.device)
+            prompt = tokens + self.cursor[SEEN]
+            self.eviction.check_prompt(int(prompt.max()))
+            if self.eviction.pin_prompt:
+                self.cursor[PINNED] = prompt
+        self.is_initialized = True
+
+    def get_seq_length(self):
+        return self.seen
+
+    def get_mask_sizes(self, query_length):
+        if self.padding is not None and self.eviction is None:
+            return self.seen + query_length, 0
+        return self.live + query_length, self.seen - self.live
+
+    def get_max_length(self):
+        return -1
+
+    get_max_cache_shape = get_max_length  # its name before transformers 5.17
+
+    @property
+    def batch_size(self):
+        return self.cursor.shape[1] if self.is_initialized else -1
+
+    max_batch_size = batch_size
+
+    def reset(self):
+        self.key_slots = self.value_slots = self.cursor = self.positions = self.scores = self.padding = None
+        self.seen = self.live = 0
+        self.is_initialized = False
+
+    def crop(self, tokens_to_keep_or_remove):
+        count = tokens_to_remove(tokens_to_keep_or_remove, self.seen)
+        if count == 0 or not self.is_initialized:
+            return
+        if count == self.seen:
+            return self.reset()
+        self.seen -= count
+        self.cursor[SEEN] -= count
+        if self.eviction is None:
+            self.live -= count
+            self.cursor[LIVE] = self.cursor[SLOT] = self.cursor[SEEN].clamp(min=0)
+            return
+        stays = self._alive() & (self.positions < self.cursor[SEEN, :, None])
+        self.cursor[PINNED] = torch.minimum(self.cursor[PINNED], self.cursor[SEEN])
+        self._keep(self.positions.masked_fill(~stays, _FAR).argsort(dim=-1, stable=True), stays.sum(-1))
+        self._choose()
+
+    def reorder_cache(self, beam_idx):
+        if not self.is_initialized:
+            return
+        rows = beam_idx.to(self.device)
+        if torch.equal(rows, torch.arange(self.batch_size, device=self.device)):
+            return
+        self.key_slots = self.spare.reordered(self.key_slots, rows)
+        self.value_slots = self.spare.reordered(self.value_slots, rows)
+        self._select_state(rows)
+
+    def batch_select_indices(self, indices):
+        if not self.is_initialized:
+            return
+        rows = torch.arange(self.batch_size, device=self.device)[indices]  # numbers or a mask
+        self.key_slots, self.value_slots = self.key_slots[rows], self.value_slots[rows]
+        self._select_state(rows)
+
+    def batch_repeat_interleave(self, repeats):
+        if self.is_initialized:
+            self.batch_select_indices(torch.arange(self.batch_size).repeat_interleave(repeats))
+
+    def offload(self):
+        """The slots are written in place where they are: there is nothing to bring back."""
+
+    prefetch = offload
+
+    @property
+    def keys(self):
+        """[rows, heads, tokens, head_dim] in the order of the transcript; rows that hold less start with zeros."""
+        return self._in_order(self.key_slots)
+
+    @property
+    def values(self):
+        return self._in_order(self.value_slots)
+
+    # How it works
+
+    @property
+    def slots(self):
+        return self.key_slots.shape[2]
+
+    @property
+    def _worth(self):
+        """[rows, slots]: the lowest is the first to go."""
+        return self._ranking() if callable(self.eviction.policy) else self.scores
+
+    def _padding(self):
+        """int32 [rows]: columns of left padding that came before each row's first token."""
+        if self.padding is None:
+            return torch.zeros(self.batch_size, dtype=torch.int32, device=self.device)
+        return self.padding.to(self.device, torch.int32)
+
+    def _positions(self):
+        if self.positions is not None:
+            return self.positions
+        slots = torch.arange(self.slots, dtype=torch.int32, device=self.device)
+        return slots.expand(self.batch_size, -1)
+
+    def _alive(self):
+        slots = torch.arange(self.slots, dtype=torch.int32, device=self.device)
+        return slots < self.cursor[LIVE, :, None]
+
+    def _make_room(self, key_states, tokens):
+        """Make the slots of the next tokens ready. Several are attended in full: a pass over a prompt, or one that
+        checks an assistant's guesses, may leave more than the budget, and the pass after it settles that."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, key_states)
+        elif self.eviction is None:
+            if self.live + tokens > self.slots:
+                self._resize(slots_for(self.live + tokens, None, self.limit))
+        else:
+            if self.slots > self.budget:
+                self._settle()
+            if tokens > 1:
+                self._resize(max(self.budget, self.live + tokens))
+                self.cursor[SLOT] = self.cursor[LIVE]
+
+    def _resize(self, slots):
+        """Other buffers of so many slots, with the same tokens in them."""
+        used = min(self.live, slots)
+
+        def resized(old):
+            new = old.new_empty(*old.shape[:2], slots, old.shape[3]) if old.dim() == 4 else old.new_zeros(len(old), slots)
+            new.narrow(2 if old.dim() == 4 else 1, 0, used).copy_(old.narrow(2 if old.dim() == 4 else 1, 0, used))
+            return new
+
+        if slots != self.slots:
+            self.key_slots, self.value_slots = resized(self.key_slots), resized(self.value_slots)
+            if self.eviction is not None:
+                self.positions, self.scores = resized(self.positions), resized(self.scores)
+
+    def _advance(self, tokens):
+        """Without eviction every token takes the next slot."""
+        self.seen += tokens
+        self.live += tokens
+        if self.padding is None:
+            self.cursor[:PINNED].add_(tokens)  # live, slot and seen are the same number
+        else:
+            self.cursor[SEEN] += tokens
+            self.cursor[LIVE] = self.cursor[SLOT] = self.cursor[SEEN].clamp(min=0)
+
+    def _evict(self, weights, tokens):
+        eviction = self.eviction
+        own = callable(eviction.policy)  # a function is given the attention received so far
+        number = _POLICY["heavy_hitter" if own else eviction.policy]
+        budget = self.budget if tokens == 1 else self.slots
+        ops.score_evict(
+            weights, self.key_slots, self.cursor, self.positions, self.scores,
+            number, budget, eviction.recent, eviction.decay,
+        )  # fmt: skip
+        self.seen += tokens
+        self.live = min(self.live + tokens, budget)
+        if own and tokens == 1 and self.live == budget:
+            self._choose()
+
+    def _ranking(self):
+        """What the user's function says each slot is worth: float [rows, slots]."""
+        policy = self.eviction.policy
+        ranking = policy(self.scores, self.positions, self.key_slots, self.value_slots)
+        if not isinstance(ranking, torch.Tensor) or ranking.shape != self.scores.shape:
+            given = tuple(ranking.shape) if isinstance(ranking, torch.Tensor) else type(ranking).__name__
+            raise ValueError(
+                f"EvictionConfig.policy: {getattr(policy, '__name__', policy)} must return a tensor of shape "
+                f"{tuple(self.scores.shape)} (rows, slots); got {given}"
+            )
+        return ranking.float()
+
+    def _protection(self):
+        """[rows, slots]: 3 pinned, 2 among the newest, 1 free to go, 0 dead."""
+        newest = self.positions > self.cursor[SEEN, :, None] - self.eviction.recent
+        pinned = self.positions < self.cursor[PINNED, :, None]
+        return (1 + newest.int()).masked_fill(pinned, 3).masked_fill(~self._alive(), 0)
+
+    def _settle(self):
+        """Back to the budget after a pass over several tokens."""
+        protection = self._protection()
+        worth = self._worth.where(protection == 1, self.positions.float())
+        order = worth.argsort(dim=-1, descending=True, stable=True)
+        order = order.gather(1, protection.gather(1, order).argsort(dim=-1, descending=True, stable=True))
+        kept = order[:, : self.budget]
+        alive = protection.gather(1, kept) > 0
+        in_order = self.positions.gather(1, kept).masked_fill(~alive, _FAR).argsort(dim=-1, stable=True)
+        self._keep(kept.gather(1, in_order), alive.sum(-1))
+        self._resize(self.budget)
+        self._choose()
+
+    def _keep(self, order, live):
+        """Slots become those listed in order [rows, kept], of which the first `live` [rows] are in use."""
+        index = order[:, None, :, None].expand(-1, self.key_slots.shape[1], -1, self.key_slots.shape[3])
+        self.key_slots, self.value_slots = self.key_slots.gather(2, index), self.value_slots.gather(2, index)
+        self.positions, self.scores = self.positions.gather(1, order), self.scores.gather(1, order)
+        self.cursor[LIVE] = live
+        self.live = int(live.max())
+
+    def _choose(self):
+        """Point each full row at the slot that is worth least, as score_evict does for the policies in C."""
+        protection = self._protection()
+        unpinned, free = (protection == 1) | (protection == 2), protection == 1
+        worth = torch.nan_to_num(self._worth, nan=torch.inf, posinf=torch.inf, neginf=-torch.inf)
+        lowest = worth.masked_fill(~free, torch.inf).amin(-1, keepdim=True)
+        candidates = (free & (worth == lowest)).where(free.any(-1, keepdim=True), unpinned)
+        oldest = self.positions.masked_fill(~candidates, _FAR).argmin(-1).int()
+        self.cursor[SLOT] = oldest.where(self.cursor[LIVE] >= self.budget, self.cursor[LIVE])
+
+    def _select_state(self, rows):
+        self.cursor = self.cursor[:, rows].contiguous()
+        if self.padding is not None:
+            self.padding = self.padding[rows.to(self.padding.device)]
+        if self.eviction is not None:
+            self.positions, self.scores = self.positions[rows], self.scores[rows]
+
+    def _in_order(self, slots):
+        if slots is None:
+            return None
+        if self.is_exact:
+            return slots[:, :, : self.live]
+        width = self.seen if self.eviction is None else self.live
+        alive = self._alive()
+        order = self._positions().masked_fill(~alive, -1).argsort(dim=-1, stable=True)  # dead slots first
+        order = torch.nn.functional.pad(order, (max(width - order.shape[1], 0), 0))[:, -width:]
+        used = torch.arange(width, device=self.device) >= width - self.cursor[LIVE, :, None]
+        index = order[:, None, :, None].expand(-1, slots.shape[1], -1, slots.shape[3])
+        return slots.gather(2, index) * used[:, None, :, None]
+
+    def _update_padded(self, key_states, value_states):
+        for row in range(self.batch_size):
+            _, slot, seen, _ = self.cursor[:, row].tolist()
+            skip = max(-seen, 0)
+            count = max(key_states.shape[2] - skip, 0)
+            self.key_slots[row, :, slot : slot + count] = key_states[row, :, skip:]
+            self.value_slots[row, :, slot : slot + count] = value_states[row, :, skip:]
+        self._advance(key_states.shape[2])
+        return self.keys, self.values

@@ -1,0 +1,59 @@
+"""What the user chooses. Checked here, before any model is touched."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from numbers import Integral, Real
+
+from ._numpy import POLICIES
+
+
+@dataclass(frozen=True)
+class EvictionConfig:
+    """How many tokens the self-attention cache keeps for each sequence, and which.
+
+    policy      "heavy_hitter": the `recent` newest tokens and those that attention has dwelt on most;
+                "magnitude": the newest and those of the smallest key norm;
+                "window": the newest only;
+                or a function of (scores, positions, keys, values), tensors of one layer with shapes [rows, slots],
+                [rows, slots] and [rows, heads, slots, head_dim] twice, that returns one number a slot, [rows, slots].
+                The slot of the lowest number is overwritten. `scores` holds the attention received so far.
+    recent      newest tokens that are never evicted, the one being decoded included; 1 or more.
+    heavy       further tokens to keep; 0 or more. recent + heavy slots are all that a sequence ever takes.
+    decay       how much of the attention received so far still counts at the next token, above 0 to 1.
+    pin_prompt  keep the start tokens and the prompt whatever their score. They take their slots out of the budget.
+    """
+
+    policy: str | Callable = "heavy_hitter"
+    recent: int = 64
+    heavy: int = 32
+    decay: float = 0.98
+    pin_prompt: bool = True
+
+    def __post_init__(self):
+        names = [name for name, *_ in POLICIES]
+        if self.policy not in names and not callable(self.policy):
+            self._refuse("policy", f"one of {', '.join(map(repr, names))}, or a function")
+        for field, least in (("recent", 1), ("heavy", 0)):
+            value = getattr(self, field)
+            if isinstance(value, bool) or not isinstance(value, Integral) or value < least:
+                self._refuse(field, f"a whole number of tokens, {least} or more")
+        if isinstance(self.decay, bool) or not isinstance(self.decay, Real) or not 0 < self.decay <= 1:
+            self._refuse("decay", "a number above 0 and up to 1")
+        if not isinstance(self.pin_prompt, bool):
+            self._refuse("pin_prompt", "True or False")
+
+    def _refuse(self, field, allowed):
+        raise ValueError(f"EvictionConfig.{field} must be {allowed}; got {getattr(self, field)!r}")
+
+    @property
+    def budget(self) -> int:
+        """Slots a sequence takes at most."""
+        return self.recent + self.heavy
+
+    def check_prompt(self, tokens):
+        """Raise if a prompt of so many tokens is pinned and leaves no slot for the transcript."""
+        if self.pin_prompt and tokens >= self.budget:
+            raise ValueError(
+                f"EvictionConfig(recent={self.recent}, heavy={self.heavy}) keeps {self.budget} tokens, which a pinned "
+                f"prompt of {tokens} fills: raise heavy to {tokens - self.recent + 1} or more, or set pin_prompt=False"
+            )

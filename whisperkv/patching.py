@@ -1,0 +1,211 @@
+"""patch(), unpatch() and stats(): our attention and caches in a Whisper that is otherwise left alone."""
+
+import sys
+
+import torch
+from transformers import WhisperForCausalLM, WhisperForConditionalGeneration, WhisperModel
+from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache
+from transformers.models.whisper.modeling_whisper import WhisperAttention, WhisperDecoder
+
+from .attention import SelfAttention, self_cache_layer
+from .cache import SelfCacheLayer, SpareBuffer
+from .config import EvictionConfig
+from .records import DecodeRecord, Stats
+
+_MODELS = (WhisperForConditionalGeneration, WhisperModel, WhisperForCausalLM)
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_DECODER_ARGUMENTS = ("input_ids", "attention_mask", "encoder_hidden_states", "past_key_values", "inputs_embeds")
+
+
+def patch(model, eviction: EvictionConfig | None = None):
+    """Make a Whisper decode through whisperkv, and return it.
+
+    model     a WhisperForConditionalGeneration, WhisperModel or WhisperForCausalLM, or a pipeline, PEFT model or
+              torch.compile wrapper around one
+    eviction  which tokens the self-attention cache keeps; None keeps all, and the tokens come out as before
+
+    A model that is already patched takes the new settings.
+    """
+    whisper = _whisper(model)
+    decoder = _decoder(whisper)
+    if eviction is not None and not isinstance(eviction, EvictionConfig):
+        raise ValueError(f"eviction must be an EvictionConfig or None; got {eviction!r}")
+    for index, layer in enumerate(decoder.layers):
+        if type(layer.self_attn) not in (WhisperAttention, SelfAttention):
+            kind = type(layer.self_attn).__name__
+            raise TypeError(f"decoder layer {index}: self_attn is a {kind}, and whisperkv knows only WhisperAttention")
+    _check_tensors(decoder)
+    _refuse_while_generating(whisper, "patch")
+    _restore(decoder)
+    for layer in decoder.layers:
+        layer.self_attn.__class__ = SelfAttention
+    decoder.register_forward_pre_hook(CacheAdoption(eviction), with_kwargs=True)
+    return model
+
+
+def unpatch(model):
+    """Make the model exactly what it was before patch(), and return it. An unpatched model is left alone."""
+    whisper = _whisper(model)
+    _refuse_while_generating(whisper, "unpatch")
+    _restore(_decoder(whisper))
+    return model
+
+
+def stats(model) -> Stats:
+    """The caches of the last decode. A generate() over long audio decodes chunk by chunk: this is the last chunk."""
+    adoption = _adoption(_decoder(_whisper(model)))
+    if adoption is None:
+        raise ValueError("the model is not patched: call whisperkv.patch(model) first")
+    return adoption.stats()
+
+
+# What the decoder carries
+
+
+class CacheAdoption:
+    """A forward pre-hook of the decoder: a fresh cache is given our layers before anything enters it."""
+
+    def __init__(self, eviction):
+        self.eviction = eviction
+        self.record = None  # of the last cache
+        self.decodes = 0
+        self.note = ""
+
+    def stats(self):
+        return self.record.stats(self.decodes, self.note) if self.record else Stats(note=self.note)
+
+    def __call__(self, decoder, args, kwargs):
+        given = {**dict(zip(_DECODER_ARGUMENTS, args)), **kwargs}
+        inputs = given.get("input_ids")
+        inputs = given.get("inputs_embeds") if inputs is None else inputs
+        if inputs is None or len(args) > len(_DECODER_ARGUMENTS):
+            return None
+        rows, tokens = inputs.shape[:2]
+        layer = self_cache_layer(given.get("past_key_values"), 0)
+        if layer is None or layer.seen == 0:
+            layer = self._adopt(decoder, given, rows, tokens)
+            if layer is None:
+                return None
+        layer.record.tokens = layer.seen + tokens
+        return (), given
+
+    def _adopt(self, decoder, given, rows, tokens):
+        """Give the fresh cache our layers, or make one if none is given. The first layer, or None if the decode is
+        left to transformers."""
+        cache, states, config = given.get("past_key_values"), given.get("encoder_hidden_states"), decoder.config
+        use_cache = given.get("use_cache")
+        if not (config.use_cache if use_cache is None else use_cache):
+            return None
+        if cache is not None and (not isinstance(cache, Cache) or cache.get_seq_length() > 0):
+            return None
+        padding, self.note = _left_padding(given.get("attention_mask"), rows, tokens)
+        if decoder.training:
+            self.note = "left to transformers: the model is in training mode (call model.eval())"
+        elif torch.is_grad_enabled() and _needs_grad(decoder, given):
+            self.note = "left to transformers: gradients are on (decode under torch.no_grad())"
+        if self.note:
+            return None
+        _check_tensors(decoder)
+        if self.eviction is not None:
+            self.eviction.check_prompt(tokens - (0 if padding is None else int(padding.min())))
+
+        if cache is None or (states is not None and not isinstance(cache, EncoderDecoderCache)):
+            cache = DynamicCache() if states is None else EncoderDecoderCache(DynamicCache(), DynamicCache())
+            given["past_key_values"] = cache
+        mask = given.get("attention_mask")
+        if mask is not None and mask.dim() == 4:
+            given["attention_mask"] = mask[..., :tokens]  # made for a static cache of more slots
+        self.record = DecodeRecord(
+            layers=len(decoder.layers),
+            width=config.d_model,
+            limit=config.max_target_positions,
+            item_size=decoder.embed_tokens.weight.dtype.itemsize,
+            rows=rows,
+            padding=0 if padding is None else int(padding.sum()),
+            frames=0 if states is None else states.shape[1],
+            eviction=self.eviction,
+        )
+        self.decodes += 1
+        own = cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
+        spare = SpareBuffer()
+        own.layers = [
+            SelfCacheLayer(self.eviction, config.max_target_positions, padding, spare, self.record)
+            for _ in decoder.layers
+        ]
+        own.layer_class_to_replicate = None
+        return own.layers[0]
+
+
+def _left_padding(mask, rows, tokens):
+    """int32 [rows] of padding columns (None if there are none), and why the mask is not one that we can follow."""
+    if mask is None:
+        return None, ""
+    if mask.dim() == 4:  # made for a static cache: the last token's row, over the tokens of this pass
+        visible = mask[:, 0, -1, :tokens]
+        visible = visible if visible.dtype == torch.bool else visible == 0
+    else:
+        visible = mask.bool()
+    visible = visible.expand(rows, -1)
+    if bool(visible.all()):
+        return None, ""
+    if visible.shape[1] != tokens or not bool((visible[:, 1:] >= visible[:, :-1]).all() & visible[:, -1].all()):
+        return None, "left to transformers: the decoder's attention mask is not plain left padding"
+    return (~visible).sum(-1).int(), ""
+
+
+def _needs_grad(decoder, given):
+    inputs = (given.get("encoder_hidden_states"), given.get("inputs_embeds"))
+    return any(x is not None and x.requires_grad for x in inputs) or any(p.requires_grad for p in decoder.parameters())
+
+
+# Finding our way about a model
+
+
+def _whisper(model):
+    """The Whisper inside a pipeline, a PEFT model or a compiled one."""
+    whisper = model
+    for wrapped in ("model", "_orig_mod"):  # a pipeline's, a compiled model's
+        if not isinstance(whisper, _MODELS) and not hasattr(whisper, "get_base_model"):
+            whisper = getattr(whisper, wrapped, whisper)
+    if not isinstance(whisper, _MODELS) and hasattr(whisper, "get_base_model"):
+        whisper = whisper.get_base_model()
+    if not isinstance(whisper, _MODELS):
+        known = ", ".join(kind.__name__ for kind in _MODELS)
+        raise TypeError(f"whisperkv patches {known}, or a pipeline or PEFT model around one; got {type(model).__name__}")
+    return whisper
+
+
+def _decoder(whisper):
+    return next(module for module in whisper.modules() if isinstance(module, WhisperDecoder))
+
+
+def _adoption(decoder):
+    return next((hook for hook in decoder._forward_pre_hooks.values() if isinstance(hook, CacheAdoption)), None)
+
+
+def _restore(decoder):
+    for layer in decoder.layers:
+        if type(layer.self_attn) is SelfAttention:
+            layer.self_attn.__class__ = WhisperAttention
+    for key, hook in list(decoder._forward_pre_hooks.items()):
+        if isinstance(hook, CacheAdoption):
+            del decoder._forward_pre_hooks[key]
+            decoder._forward_pre_hooks_with_kwargs.pop(key, None)
+
+
+def _check_tensors(decoder):
+    weight = decoder.embed_tokens.weight
+    if weight.device.type != "cpu":
+        raise ValueError(f"the model is on {weight.device}: whisperkv has CPU kernels only so far (model.to('cpu'))")
+    if weight.dtype not in _DTYPES:
+        known = ", ".join(str(dtype).removeprefix("torch.") for dtype in _DTYPES)
+        raise ValueError(f"the model is in {str(weight.dtype).removeprefix('torch.')}: whisperkv takes {known}")
+
+
+def _refuse_while_generating(whisper, action):
+    """A cache is in use from the first token of generate() to the last, so its layers cannot be changed between."""
+    for frame in sys._current_frames().values():
+        while frame is not None:
+            if frame.f_code.co_name == "generate" and frame.f_locals.get("self") is whisper:
+                raise RuntimeError(f"{action}() while the model is generating: wait until generate() has returned")
+            frame = frame.f_back

@@ -1,0 +1,69 @@
+"""What a decode put into its caches: plain numbers, so that looking at them keeps no cache alive."""
+
+from dataclasses import dataclass
+
+from .cache import slots_for
+from .config import EvictionConfig
+
+
+@dataclass(frozen=True)
+class Stats:
+    """The caches of one decode, in bytes, beside what transformers would have held. str() of it is a small table."""
+
+    rows: int = 0  # sequences decoded together, beams included
+    tokens: int = 0  # length of the longest, prompt included
+    frames: int = 0  # encoder frames that each attends over
+    evicted: int = 0  # tokens that each layer has evicted, over all rows
+    self_bytes: int = 0
+    self_bytes_transformers: int = 0
+    cross_bytes: int = 0
+    cross_bytes_transformers: int = 0
+    decodes: int = 0  # caches filled since patch(): one for each chunk of long audio and each attempt at it
+    note: str = ""  # why the last decode was left to transformers, if it was
+
+    def __str__(self):
+        lines = [f"{self.rows} rows, {self.tokens} tokens, {self.frames} frames, {self.evicted} tokens evicted"]
+        for name, ours, theirs in (
+            ("self-attention", self.self_bytes, self.self_bytes_transformers),
+            ("cross-attention", self.cross_bytes, self.cross_bytes_transformers),
+        ):
+            ratio = f" ({ours / theirs:.2f}x)" if theirs else ""
+            lines.append(f"{name:<16} {ours / 1e6:10.2f} MB   transformers {theirs / 1e6:10.2f} MB{ratio}")
+        return "\n".join(lines + ([self.note] if self.note else []))
+
+
+@dataclass
+class DecodeRecord:
+    """Of one cache, kept by its layers and brought up to date before each pass of the decoder."""
+
+    layers: int
+    width: int  # heads * head_dim
+    limit: int  # tokens that the model can take
+    item_size: int
+    rows: int
+    padding: int  # left padding, over all rows
+    frames: int
+    eviction: EvictionConfig | None
+    tokens: int = 0
+
+    def stats(self, decodes, note) -> Stats:
+        token = 2 * self.layers * self.rows * self.width * self.item_size  # keys and values
+        state, evicted = 4 * 4 * self.rows, 0  # the cursor
+        if self.eviction is None:
+            slots = slots_for(self.tokens, None, self.limit)
+        else:
+            slots = slots_for(0, self.eviction, self.limit)
+            state += 2 * 4 * slots * self.rows  # positions and scores
+            evicted = max(self.rows * self.tokens - self.padding - self.rows * slots, 0)
+        return Stats(
+            rows=self.rows,
+            tokens=self.tokens,
+            frames=self.frames,
+            evicted=evicted,
+            self_bytes=token * slots + self.layers * state,
+            self_bytes_transformers=token * self.tokens,
+            cross_bytes=token * self.frames,
+            cross_bytes_transformers=token * self.frames,
+            decodes=decodes,
+            note=note,
+        )
