@@ -64,13 +64,20 @@ def load_ctranslate2(directory, dtype=torch.float32):
 
     with open(directory / "model.bin", "rb") as file:
         variables, aliases = read_index(file)
-        config = model_config(file, variables)
-        tokenizer = load_tokenizer(directory / "tokenizer.json", config.vocab_size)
+        sizes = model_sizes(file, variables)
+        tokenizer = load_tokenizer(directory / "tokenizer.json", sizes["vocab_size"])
+        start, end = tokenizer.convert_tokens_to_ids([START, END])
+        config = WhisperConfig(
+            **sizes,
+            decoder_start_token_id=start,
+            bos_token_id=end,
+            eos_token_id=end,
+            pad_token_id=end,
+            begin_suppress_tokens=None,  # the generation config has them
+        )
         generation = generation_config(directory / "config.json", config, tokenizer)
         model = load_weights(file, variables, aliases, config, dtype)
     model.generation_config = generation
-    for name in ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id"):
-        setattr(config, name, getattr(generation, name))
 
     # The encoder makes 50 positions of a second.
     extractor = WhisperFeatureExtractor(config.num_mel_bins, chunk_length=config.max_source_positions // 50)
@@ -155,8 +162,8 @@ def read_tensor(file, variable):
     return torch.frombuffer(data, dtype=variable.dtype).reshape(variable.shape)
 
 
-def model_config(file, variables):
-    """The sizes of the model, from the shapes of its variables."""
+def model_sizes(file, variables):
+    """The fields of a WhisperConfig that the variables tell."""
 
     def shape(name, rank):
         if name not in variables:
@@ -184,7 +191,13 @@ def model_config(file, variables):
     if d_model < 4 or d_model % 2 or any(count < 1 or d_model % count for count in heads.values()):
         raise broken(file.name, f"{d_model} channels cannot be split over the heads {heads}")
 
-    sizes = {"d_model": d_model, "vocab_size": vocab_size, "num_mel_bins": mels}
+    sizes = {
+        "d_model": d_model,
+        "vocab_size": vocab_size,
+        "num_mel_bins": mels,
+        "max_source_positions": shape("encoder/position_encodings/encodings", 2)[0],
+        "max_target_positions": shape("decoder/position_encodings/encodings", 2)[0],
+    }
     for side in ("encoder", "decoder"):
         layers = 1
         while f"{side}/layer_{layers}/self_attention/linear_0/weight" in variables:
@@ -192,12 +205,7 @@ def model_config(file, variables):
         sizes[f"{side}_layers"] = layers
         sizes[f"{side}_attention_heads"] = heads[side]
         sizes[f"{side}_ffn_dim"] = shape(f"{side}/layer_0/ffn/linear_0/weight", 2)[0]
-    return WhisperConfig(
-        **sizes,
-        max_source_positions=shape("encoder/position_encodings/encodings", 2)[0],
-        max_target_positions=shape("decoder/position_encodings/encodings", 2)[0],
-        begin_suppress_tokens=None,  # the generation config has them
-    )
+    return sizes
 
 
 def parameters_of(config):
@@ -371,10 +379,10 @@ def generation_config(path, config, tokenizer):
             "task": "transcribe",
         }
     return GenerationConfig(
-        decoder_start_token_id=vocab[START],
-        bos_token_id=vocab[END],
-        eos_token_id=vocab[END],
-        pad_token_id=vocab[END],
+        decoder_start_token_id=config.decoder_start_token_id,
+        bos_token_id=config.bos_token_id,
+        eos_token_id=config.eos_token_id,
+        pad_token_id=config.pad_token_id,
         prev_sot_token_id=vocab[PREVIOUS],
         no_timestamps_token_id=vocab[NO_TIMESTAMPS],
         suppress_tokens=token_list("suppress_ids"),

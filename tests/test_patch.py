@@ -1,0 +1,292 @@
+"""What patch() touches and what it leaves, and what it refuses."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from transformers import WhisperForAudioClassification, WhisperForConditionalGeneration
+from transformers.models.whisper.modeling_whisper import WhisperAttention
+
+from whisperkv import EvictionConfig, patch, stats, unpatch
+from whisperkv.attention import SelfAttention, self_cache_layer
+from whisperkv.records import Stats
+
+EVICTION = EvictionConfig(recent=8, heavy=4)
+
+
+@pytest.fixture
+def audio():
+    return torch.randn(3, 8, 100, generator=torch.Generator().manual_seed(3))
+
+
+def generate(model, audio, **options):
+    from transformers.generation.utils import GenerationMixin  # below Whisper's own, which wants real audio
+
+    options = {"max_new_tokens": 40, "do_sample": False, **options}
+    return GenerationMixin.generate(model, audio, **options)
+
+
+def test_unpatch_leaves_no_trace(small):
+    before = {name: dict(vars(module)) for name, module in small.named_modules()}
+    hooks = {name: len(module._forward_pre_hooks) for name, module in small.named_modules()}
+    assert patch(small) is small and type(small.model.decoder.layers[0].self_attn) is SelfAttention
+    patch(small, EVICTION)
+    assert unpatch(small) is small and unpatch(small) is small
+    for name, module in small.named_modules():
+        assert vars(module).keys() == before[name].keys()
+        assert len(module._forward_pre_hooks) == len(module._forward_pre_hooks_with_kwargs) == hooks[name] == 0
+    assert {type(layer.self_attn) for layer in small.model.decoder.layers} == {WhisperAttention}
+
+
+def test_patching_again_takes_the_new_settings(small, audio):
+    for eviction, slots in ((EVICTION, 12), (None, 64), (EvictionConfig(recent=20, heavy=0), 20)):
+        patch(small, eviction)
+        output = generate(small, audio, return_dict_in_generate=True)
+        assert self_cache_layer(output.past_key_values, 0).slots == slots
+    assert len(small.model.decoder._forward_pre_hooks) == 1
+
+
+@pytest.mark.parametrize("eviction", [None, EVICTION])
+def test_copies_and_pickles(small, audio, eviction):
+    patch(small, eviction)
+    want = generate(small, audio)
+    for other in (copy.deepcopy(small), pickle.loads(pickle.dumps(small))):
+        assert torch.equal(generate(other, audio), want)
+        unpatch(other)
+        assert type(other.model.decoder.layers[0].self_attn) is WhisperAttention
+    assert type(small.model.decoder.layers[0].self_attn) is SelfAttention
+
+
+def test_save_and_load(small, audio, tmp_path):
+    want = generate(small, audio)
+    patch(small, EVICTION)
+    small.save_pretrained(tmp_path)
+    loaded = WhisperForConditionalGeneration.from_pretrained(tmp_path)
+    assert torch.equal(generate(loaded, audio), want)
+    small.load_state_dict(loaded.state_dict())
+
+
+def test_a_cache_can_be_kept_copied_and_continued(small, audio):
+    patch(small, EVICTION)
+    states = small.model.encoder(audio)
+    ids = torch.randint(4, 200, (3, 30))
+    with torch.no_grad():
+        past = None
+        for token in ids.split(1, 1):
+            past = small(encoder_outputs=states, decoder_input_ids=token, past_key_values=past).past_key_values
+        others = [copy.deepcopy(past), pickle.loads(pickle.dumps(past))]
+        step = dict(encoder_outputs=states, decoder_input_ids=ids[:, :1])
+        want = small(**step, past_key_values=past).logits
+        for other in others:
+            assert torch.equal(small(**step, past_key_values=other).logits, want)
+        past.reset()
+        assert past.get_seq_length() == 0
+        small(**step, past_key_values=past)
+    assert past.get_seq_length() == 1
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_gradients_are_those_of_transformers(small, audio, training):
+    labels = torch.randint(4, 200, (3, 20))
+    gradients = []
+    for prepare in (unpatch, patch, lambda model: patch(model, EVICTION)):
+        prepare(small).train(training)
+        small.zero_grad()
+        loss = small(audio, labels=labels).loss
+        loss.backward()
+        gradients.append([loss.detach()] + [p.grad.clone() for p in small.parameters() if p.grad is not None])
+    for patched in gradients[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(gradients[0], patched))
+    assert "left to transformers" in stats(small).note
+    small.eval()
+    assert torch.equal(generate(patch(small), audio), generate(unpatch(small), audio))
+
+
+def test_gradients_through_our_cache_are_refused(small, audio):
+    patch(small)
+    with torch.no_grad():
+        past = small(audio, decoder_input_ids=torch.tensor([[3]] * 3)).past_key_values
+    states = small.model.encoder(audio)
+    with pytest.raises(RuntimeError, match="torch.no_grad"):
+        small(encoder_outputs=states, decoder_input_ids=torch.tensor([[5]] * 3), past_key_values=past)
+
+
+def test_peft(small, audio):
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    model = peft.get_peft_model(small, config).eval()
+    want = generate(small, audio)
+    assert patch(model) is model
+    assert torch.equal(generate(small, audio), want)
+    assert stats(model).tokens > 3
+    patch(model, EVICTION)
+    generate(small, audio)
+    unpatch(model)
+    assert type(small.model.decoder.layers[0].self_attn) is WhisperAttention
+
+
+def test_quantized_linears(small, audio):
+    import warnings
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        quantized = torch.ao.quantization.quantize_dynamic(small, {torch.nn.Linear}, torch.qint8)
+    want = generate(quantized, audio)
+    assert torch.equal(generate(patch(quantized), audio), want)
+
+
+def test_compiled_wrapper_is_seen_through(small):
+    compiled = torch.compile(small)
+    patch(compiled)
+    assert type(small.model.decoder.layers[0].self_attn) is SelfAttention
+    unpatch(compiled)
+
+
+def test_an_unusual_mask_is_left_to_transformers(small, audio):
+    ids = torch.randint(4, 200, (3, 6))
+    holes = torch.tensor([[1, 0, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1], [1, 1, 1, 0, 0, 1]])
+    options = dict(decoder_input_ids=ids, decoder_attention_mask=holes)
+    want = generate(small, audio, **options)
+    patch(small)
+    assert torch.equal(generate(small, audio, **options), want)
+    assert "not plain left padding" in stats(small).note
+    generate(small, audio)
+    assert stats(small).note == ""
+
+
+@pytest.mark.parametrize("mask", [[[0, 0, 1, 1, 1, 1], [1] * 6, [0, 0, 0, 0, 0, 1]], [[0, 1, 1, 1, 1, 1]] * 3])
+@pytest.mark.parametrize("static", [False, True])
+def test_left_padded_prompts(small, audio, mask, static):
+    options = dict(decoder_input_ids=torch.randint(4, 200, (3, 6)), decoder_attention_mask=torch.tensor(mask))
+    if static:
+        options["cache_implementation"] = "static"
+    want = generate(small, audio, **options)
+    patch(small)
+    assert torch.equal(generate(small, audio, **options), want)
+    patch(small, EvictionConfig(recent=64, heavy=0))  # evicts nothing
+    assert torch.equal(generate(small, audio, **options), want)
+
+
+def test_reference_ops_give_the_same_tokens(small, audio, monkeypatch):
+    """The whole decode with eviction, on the slow and obvious ops."""
+    import reference
+    from whisperkv import ops
+
+    runs = []
+    for options in (dict(), dict(num_beams=3), dict(prompt_lookup_num_tokens=3)):
+        for policy in ("heavy_hitter", "magnitude", "window"):
+            patch(small, EvictionConfig(policy, recent=8, heavy=6))
+            runs.append((options, policy, generate(small, audio[: 1 if "prompt_lookup_num_tokens" in options else 3], **options)))
+    monkeypatch.setattr(ops, "compact_attention", reference.compact_attention)
+    monkeypatch.setattr(ops, "score_evict", reference.score_evict)
+    for options, policy, want in runs:
+        patch(small, EvictionConfig(policy, recent=8, heavy=6))
+        got = generate(small, audio[: 1 if "prompt_lookup_num_tokens" in options else 3], **options)
+        assert torch.equal(got, want), (options, policy)
+
+
+@pytest.mark.parametrize("eviction", [None, EVICTION, EvictionConfig(recent=500)])
+@pytest.mark.parametrize("beams", [1, 3])
+def test_stats_are_the_bytes_held(small, audio, eviction, beams):
+    patch(small, eviction)
+    assert stats(small) == Stats()
+    output = generate(small, audio, num_beams=beams, return_dict_in_generate=True)
+    got = stats(small)
+    layers = output.past_key_values.self_attention_cache.layers
+    tensors = [t for layer in layers for t in (layer.key_slots, layer.value_slots, layer.cursor, layer.positions, layer.scores)]
+    assert got.self_bytes == sum(t.nbytes for t in tensors if t is not None)
+    cross = output.past_key_values.cross_attention_cache.layers
+    assert got.cross_bytes == sum(layer.keys.nbytes + layer.values.nbytes for layer in cross)
+    assert (got.rows, got.tokens, got.frames, got.decodes) == (3 * beams, 40, 50, 1)
+    unpatch(small)
+    theirs = generate(small, audio, num_beams=beams, return_dict_in_generate=True).past_key_values
+    assert got.self_bytes_transformers == sum(l.keys.nbytes + l.values.nbytes for l in theirs.self_attention_cache.layers)
+    assert got.evicted == (3 * beams * (40 - 12) if eviction is EVICTION else 0)
+    assert "MB" in str(got)
+
+
+# Refusals
+
+
+def test_other_models(small):
+    classifier = WhisperForAudioClassification(small.config)
+    for thing in (classifier, torch.nn.Linear(2, 2), None, "openai/whisper-tiny"):
+        for call in (patch, unpatch, stats):
+            with pytest.raises(TypeError, match="WhisperForConditionalGeneration"):
+                call(thing)
+
+
+def test_bad_settings_leave_the_model_alone(small, audio):
+    want = generate(patch(small, EVICTION), audio)
+    for bad in ("heavy_hitter", 96, {"recent": 3}, EvictionConfig):
+        with pytest.raises(ValueError, match="eviction must be an EvictionConfig or None; got"):
+            patch(small, bad)
+    assert torch.equal(generate(small, audio), want)
+
+
+def test_dtype_and_device(small):
+    with pytest.raises(ValueError, match="float64"):
+        patch(small.double())
+    with pytest.raises(ValueError, match="meta"):
+        patch(small.float().to("meta"))
+    assert type(small.model.decoder.layers[0].self_attn) is WhisperAttention
+
+
+def test_a_model_moved_after_patching(small, audio):
+    patch(small)
+    with pytest.raises(ValueError, match="float64"):
+        generate(small.double(), audio.double())
+    assert generate(small.float(), audio).shape == (3, 41)
+
+
+def test_an_unknown_attention(small):
+    class Other(WhisperAttention):
+        pass
+
+    small.model.decoder.layers[1].self_attn.__class__ = Other
+    with pytest.raises(TypeError, match="layer 1: self_attn is a Other"):
+        patch(small)
+    assert type(small.model.decoder.layers[0].self_attn) is WhisperAttention
+
+
+def test_stats_of_an_unpatched_model(small):
+    with pytest.raises(ValueError, match="not patched"):
+        stats(small)
+
+
+@pytest.mark.parametrize("change", [lambda m: patch(m, EVICTION), unpatch])
+def test_not_while_generating(small, audio, change):
+    from transformers import LogitsProcessor
+
+    class Meddler(LogitsProcessor):
+        def __call__(self, ids, scores):
+            if ids.shape[1] == 9:
+                change(small)
+            return scores
+
+    want = generate(patch(small), audio)
+    with pytest.raises(RuntimeError, match="while the model is generating"):
+        generate(small, audio, logits_processor=[Meddler()])
+    assert torch.equal(generate(small, audio), want)
+
+
+def test_an_evicting_cache_outlives_unpatch_with_a_clear_error(small, audio):
+    patch(small, EVICTION)
+    past = generate(small, audio, return_dict_in_generate=True).past_key_values
+    unpatch(small)
+    with torch.no_grad(), pytest.raises(RuntimeError, match="patch the model again"):
+        small(audio, decoder_input_ids=torch.tensor([[5]] * 3), past_key_values=past)
+    patch(small)
+    past = generate(small, audio, return_dict_in_generate=True).past_key_values
+    unpatch(small)
+    with torch.no_grad():
+        small(audio, decoder_input_ids=torch.tensor([[5]] * 3), past_key_values=past)  # nothing was evicted
+
+
+def test_missing_pieces_are_named():
+    import whisperkv
+
+    with pytest.raises(AttributeError, match="no attribute 'pach'"):
+        whisperkv.pach
+    assert set(whisperkv.__all__) <= set(dir(whisperkv))
