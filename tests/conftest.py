@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing here may depend on a hub
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # threads that wait for one another crawl on a busy machine
 sys.path.insert(0, str(Path(__file__).parent))  # reference.py
 
 RECORDINGS = Path(__file__).resolve().parents[2] / "shared" / "data"

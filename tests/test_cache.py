@@ -24,13 +24,14 @@ def tokens(rows, count, seed=0):
     return [torch.randn(rows, count, HEADS, DIM, generator=generator) for _ in range(3)]
 
 
+def attend(layer, query, key, value, a, b):
+    return layer.attend(*(x[:, a:b].contiguous() for x in (query, key, value)), 0.3)
+
+
 def feed(layer, query, key, value, start=0, stop=None):
     """One pass over the first tokens up to start, then one token at a time; outputs joined."""
-    outputs = []
-    if start:
-        outputs.append(layer.attend(query[:, :start], key[:, :start], value[:, :start], 0.3)[0])
-    for t in range(start, stop or query.shape[1]):
-        outputs.append(layer.attend(query[:, t : t + 1], key[:, t : t + 1], value[:, t : t + 1], 0.3)[0])
+    outputs = [attend(layer, query, key, value, 0, start)[0]] if start else []
+    outputs += [attend(layer, query, key, value, t, t + 1)[0] for t in range(start, stop or query.shape[1])]
     return torch.cat(outputs, 1)
 
 
@@ -196,11 +197,11 @@ def test_guesses_taken_back_leave_the_evicted_ones_in_place(policy):
     feed(layer, query, key, value, 3, 20)
     feed(straight, query, key, value, 3, 20)
     before = held(layer)
-    layer.attend(*(x[:, 20:24] for x in wrong), 0.3)
+    attend(layer, *wrong, 20, 24)
     crop(layer, 4)
     assert held(layer) == before
-    got = layer.attend(query[:, 20:21], key[:, 20:21], value[:, 20:21], 0.3)[0]
-    want = straight.attend(query[:, 20:21], key[:, 20:21], value[:, 20:21], 0.3)[0]
+    got = attend(layer, query, key, value, 20, 21)[0]
+    want = attend(straight, query, key, value, 20, 21)[0]
     if policy in ("window", "magnitude", random_policy):  # heavy_hitter has seen the attention of the guesses
         torch.testing.assert_close(got, want)
     assert layer.slots == 12 and all(len(p) == 12 for p in held(layer))
@@ -211,7 +212,7 @@ def test_full_weights():
     padding = torch.tensor([0, 2])
     layer = SelfCacheLayer(EvictionConfig("window", recent=6, heavy=4, pin_prompt=False), padding=padding)
     feed(layer, query, key, value, 4, 29)
-    _, weights = layer.attend(query[:, 29:], key[:, 29:], value[:, 29:], 0.3)
+    _, weights = attend(layer, query, key, value, 29, 30)
     full = layer.full_weights(weights)
     assert full.shape == (2, HEADS, 1, 30)
     torch.testing.assert_close(full.sum(-1), torch.ones(2, HEADS, 1))

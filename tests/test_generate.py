@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from transformers import pipeline
+from transformers.modeling_outputs import BaseModelOutput
 
 from whisperkv import EvictionConfig, patch, stats, unpatch
 from whisperkv.attention import self_cache_layer
@@ -27,6 +28,13 @@ def batch(tiny_en, speech):
     samples, _ = speech
     pieces = [samples[: 16000 * 6], samples, samples[16000 * 9 : 16000 * 20]]
     return tiny_en[1](pieces, sampling_rate=16000, return_tensors="pt").input_features
+
+
+@pytest.fixture(scope="module")
+def encoded(tiny_en, batch):
+    """The encoder's last states of the three pieces; the encoder is half the work of a test."""
+    with torch.no_grad():
+        return tiny_en[0].model.encoder(batch).last_hidden_state
 
 
 @pytest.fixture(scope="module")
@@ -51,16 +59,22 @@ def plain(output):
     return output
 
 
-def both(model, features, **options):
-    """generate() unpatched and patched, each from the same seed."""
+def both(model, audio, **options):
+    """generate() unpatched and patched, each from the same seed. audio: features, or an encoder's last states."""
     outputs = []
     for prepare in (unpatch, patch):
         prepare(model)
         torch.manual_seed(0)
-        with torch.no_grad():
-            outputs.append(model.generate(features, **options))
+        outputs.append(model.generate(**given(audio), **options))
     unpatch(model)
     return outputs
+
+
+def given(audio):
+    """An argument for generate(): states are wrapped afresh each time, as generate() writes to the wrapping."""
+    if audio.shape[1] == 1500:
+        return {"encoder_outputs": BaseModelOutput(last_hidden_state=audio)}
+    return {"input_features": audio}
 
 
 def assert_same(model, features, **options):
@@ -71,7 +85,7 @@ def assert_same(model, features, **options):
 
 MODES = {
     "greedy": {},
-    "beams": dict(num_beams=5),
+    "beams": dict(num_beams=5, max_new_tokens=30),
     "returned sequences": dict(num_beams=3, num_return_sequences=2),
     "sampling": dict(do_sample=True, temperature=0.8),
     "samples": dict(do_sample=True, temperature=0.8, num_return_sequences=2),
@@ -85,24 +99,36 @@ MODES = {
 }
 
 
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+FROM_FEATURES = ("returned sequences", "samples", "timestamps", "segments", "fallback", "no speech")  # in transformers
+ONE_AUDIO = ("prompt lookup", "beams", "returned sequences")
+
+
 @pytest.mark.parametrize("mode", MODES)
-def test_same_tokens(tiny_en, batch, mode, attention):
-    model, processor = tiny_en
-    model.set_attn_implementation(attention)
-    features = batch[:1] if mode == "prompt lookup" else batch
-    assert_same(model, features, **MODES[mode])
+def test_same_tokens_and_eviction(tiny_en, batch, encoded, mode):
+    model, _ = tiny_en
+    options = {"max_new_tokens": 40, **MODES[mode]}
+    audio = (batch if mode in FROM_FEATURES else encoded)[: 1 if mode in ONE_AUDIO else 3]
+    assert_same(model, audio, **options)
+    patch(model, EvictionConfig(recent=8, heavy=8))
+    model.generate(**given(audio), **options)
+    assert mode == "no cache" or stats(model).evicted > 0
+    unpatch(model)
+
+
+@pytest.mark.parametrize("mode", ["greedy", "beams", "prompt lookup"])
+def test_same_tokens_with_eager_attention(tiny_en, encoded, mode):
+    model, _ = tiny_en
+    model.set_attn_implementation("eager")
+    assert_same(model, encoded[:1], **{"max_new_tokens": 40, **MODES[mode]})
     model.set_attn_implementation("sdpa")
 
 
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("policy", ["heavy_hitter", "magnitude", "window", lambda s, p, k, v: s + p.float()])
-def test_every_mode_evicts(tiny_en, batch, mode, policy):
+@pytest.mark.parametrize("policy", ["magnitude", "window", lambda s, p, k, v: s + p.float()])
+def test_policies(tiny_en, encoded, policy):
     model, _ = tiny_en
     patch(model, EvictionConfig(policy, recent=16, heavy=8))
-    features = batch[:1] if mode == "prompt lookup" else batch
-    model.generate(features, max_new_tokens=40, **{k: v for k, v in MODES[mode].items() if k != "max_new_tokens"})
-    assert mode == "no cache" or stats(model).evicted > 0
+    model.generate(**given(encoded[:2]), max_new_tokens=40, num_beams=2)
+    assert stats(model).evicted > 0
     unpatch(model)
 
 
@@ -171,14 +197,14 @@ def test_pipeline(tiny_en, speech, options):
     assert patched == unpatched
 
 
-def test_returned_dictionary(tiny_en, batch):
+def test_returned_dictionary(tiny_en, encoded):
     model, _ = tiny_en
     model.set_attn_implementation("eager")
     options = dict(
         return_dict_in_generate=True, output_attentions=True, output_scores=True, output_logits=True,
-        output_hidden_states=True, num_beams=2,
+        output_hidden_states=True, num_beams=2, max_new_tokens=20,
     )  # fmt: skip
-    unpatched, patched = both(model, batch, **options)
+    unpatched, patched = both(model, encoded[:2], **options)
     model.set_attn_implementation("sdpa")
     assert torch.equal(unpatched.sequences, patched.sequences)
     for name in ("logits", "decoder_attentions", "cross_attentions", "decoder_hidden_states"):
@@ -327,17 +353,16 @@ def test_streamer(tiny_en, clip):
     assert texts[0] == texts[1] != ""
 
 
-def test_threads(tiny_en, batch):
+def test_threads(tiny_en, encoded):
     """Several threads decode with one model, each its own audio."""
     model, _ = tiny_en
-    unpatch(model)
-    want = [model.generate(batch[i : i + 1]) for i in range(3)]
+    want = [model.generate(**given(encoded[i : i + 1]), max_new_tokens=50) for i in range(3)]
     patch(model)
     got = [None] * 3
 
     def work(i):
         for _ in range(2):
-            got[i] = model.generate(batch[i : i + 1])
+            got[i] = model.generate(**given(encoded[i : i + 1]), max_new_tokens=50)
 
     threads = [threading.Thread(target=work, args=(i,)) for i in range(3)]
     [thread.start() for thread in threads]
@@ -347,11 +372,11 @@ def test_threads(tiny_en, batch):
 
 
 @pytest.mark.parametrize("eviction", [None, EVICTION])
-def test_same_bits_for_any_number_of_threads(tiny_en, batch, eviction):
-    """Of our part: the ops. torch's own matrix products are given the same number of threads."""
+def test_same_bits_from_run_to_run(tiny_en, encoded, eviction):
     model, _ = tiny_en
     patch(model, eviction)
-    runs = [model.generate(batch, return_dict_in_generate=True, output_scores=True) for _ in range(2)]
+    options = dict(max_new_tokens=70, return_dict_in_generate=True, output_scores=True)
+    runs = [model.generate(**given(encoded), **options) for _ in range(2)]
     unpatch(model)
     assert torch.equal(runs[0].sequences, runs[1].sequences)
     assert all(torch.equal(a, b) for a, b in zip(runs[0].scores, runs[1].scores))

@@ -57,6 +57,7 @@ class SelfCacheLayer(CacheLayerMixin):
     is_croppable = True
     is_sliding = False
     supports_early_init = False
+    max_cache_len = 0  # so generate() in transformers 5.10 never keeps a static cache with our layers for its next call
 
     def __init__(self, eviction=None, limit=448, padding=None, spare=None, record=None):
         self.eviction, self.limit = eviction, limit

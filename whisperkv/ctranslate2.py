@@ -39,12 +39,16 @@ FLAGS = {
     "decoder/scale_embeddings": 0,
     "decoder/start_from_zero_embedding": 0,
 }
-# Written by CTranslate2, without meaning for Whisper (the alignment heads stand in config.json).
-IGNORED = {
+# Written by CTranslate2 too: numbers read elsewhere or without meaning for Whisper, and the tied projection.
+UNUSED = {
     "decoder/alibi_use_positive_positions",
     "decoder/alignment_heads",
     "decoder/alignment_layer",
+    "decoder/num_heads",
+    "decoder/projection/weight",
+    "decoder/projection/weight_scale",
     "decoder/scale_alibi",
+    "encoder/num_heads",
 }
 END, START, PREVIOUS = "<|endoftext|>", "<|startoftranscript|>", "<|startofprev|>"
 TRANSLATE, TRANSCRIBE, NO_TIMESTAMPS = "<|translate|>", "<|transcribe|>", "<|notimestamps|>"
@@ -63,7 +67,7 @@ def load_ctranslate2(directory, dtype=torch.float32):
             raise FileNotFoundError(f"{directory / name}: no such file; faster-whisper's folder of a model has it")
 
     with open(directory / "model.bin", "rb") as file:
-        variables, aliases = read_index(file)
+        variables = read_index(file)
         sizes = model_sizes(file, variables)
         tokenizer = load_tokenizer(directory / "tokenizer.json", sizes["vocab_size"])
         start, end = tokenizer.convert_tokens_to_ids([START, END])
@@ -75,9 +79,8 @@ def load_ctranslate2(directory, dtype=torch.float32):
             pad_token_id=end,
             begin_suppress_tokens=None,  # the generation config has them
         )
-        generation = generation_config(directory / "config.json", config, tokenizer)
-        model = load_weights(file, variables, aliases, config, dtype)
-    model.generation_config = generation
+        model = load_weights(file, variables, config, dtype)
+    model.generation_config = generation_config(directory / "config.json", config, tokenizer)
 
     # The encoder makes 50 positions of a second.
     extractor = WhisperFeatureExtractor(config.num_mel_bins, chunk_length=config.max_source_positions // 50)
@@ -92,7 +95,7 @@ def broken(path, what, remedy="copy the file again, or convert the model again w
 
 
 def read_index(file):
-    """`(variables, aliases)` of an open model.bin: {name: Variable} and {alias: name of a variable}."""
+    """{name or alias: Variable} of an open model.bin."""
     size = file.seek(0, 2)
     file.seek(0)
 
@@ -105,9 +108,10 @@ def read_index(file):
     def read_name(what):
         (length,) = read("<H", what)
         (name,) = read(f"<{length}s", what)
-        if not (name.endswith(b"\0") and name[:-1].isascii() and name[:-1].decode("ascii").isprintable()):
+        text = name[:-1].decode("ascii", "replace")
+        if not text or name[-1] or not (text.isascii() and text.isprintable()):
             raise broken(file.name, f"{what} has no valid name")
-        return name[:-1].decode("ascii")
+        return text
 
     (version,) = read("<I", "the header")
     if version != BINARY_VERSION:
@@ -139,18 +143,19 @@ def read_index(file):
         variables[name] = Variable(dtype, shape, offset)
         file.seek(offset + length)
 
-    aliases = {}
     (count,) = read("<I", "the aliases")
     if count > MOST_VARIABLES:
         raise broken(file.name, f"claims {count} aliases")
     for number in range(count):
         alias, name = read_name(f"alias {number}"), read_name(f"alias {number}")
-        if alias in variables or alias in aliases or name not in variables:
+        if alias in variables or name not in variables:
             raise broken(file.name, f"alias {alias!r} of {name!r} is taken or leads nowhere")
-        aliases[alias] = name
+        variables[alias] = variables[name]
+        if f"{name}_scale" in variables:
+            variables[f"{alias}_scale"] = variables[f"{name}_scale"]
     if file.tell() != size:
         raise broken(file.name, f"{size - file.tell()} bytes follow the end of the model")
-    return variables, aliases
+    return variables
 
 
 def read_tensor(file, variable):
@@ -243,9 +248,10 @@ def parameters_of(config):
     return names
 
 
-def load_weights(file, variables, aliases, config, dtype):
+def load_weights(file, variables, config, dtype):
     parameters = parameters_of(config)
-    config.tie_word_embeddings = aliases.get("decoder/projection/weight") == "decoder/embeddings/weight"
+    projection = variables.get("decoder/projection/weight")
+    config.tie_word_embeddings = projection == variables["decoder/embeddings/weight"]  # the same bytes of the file
     if not config.tie_word_embeddings:
         parameters["decoder/projection/weight"] = ["proj_out.weight"]
     with torch.device("meta"):
@@ -253,28 +259,28 @@ def load_weights(file, variables, aliases, config, dtype):
     # k_proj has no bias: CTranslate2 stacks zeros in its place, and softmax would cancel any other value.
     shapes = {name: list(parameter.shape) for name, parameter in model.state_dict().items()}
 
-    source = {name: aliases.get(name, name) for name in parameters}
-    missing = [name for name in parameters if source[name] not in variables]
+    known = {*parameters, *FLAGS, *UNUSED, *(f"{name}_scale" for name in parameters if name.endswith("/weight"))}
+    missing = [name for name in parameters if name not in variables]
+    foreign = [name for name in variables if name not in known]
     if missing:
-        raise broken(file.name, f"variable {missing[0]!r} and {len(missing) - 1} others are missing")
-    known = {*source.values(), *(f"{name}_scale" for name in source.values() if name.endswith("/weight"))}
-    known |= {*FLAGS, *IGNORED, "encoder/num_heads", "decoder/num_heads"}
-    for name in (*variables, *aliases):
-        if name not in known and name not in parameters and name != "decoder/projection/weight":
-            raise broken(file.name, f"variable {name!r} is not one of Whisper's")
+        raise broken(file.name, f"{len(missing)} variables are missing, {missing[0]!r} first")
+    if foreign:
+        raise broken(file.name, f"variable {foreign[0]!r} is not one of Whisper's")
     for name, ours in parameters.items():
-        variable = variables[source[name]]
         stacked = [shapes.get(one, [config.d_model]) for one in ours]
         expected = [sum(shape[0] for shape in stacked), *stacked[0][1:]]
-        if variable.shape != expected:
-            raise broken(file.name, f"variable {name!r} has shape {variable.shape}, and the others ask for {expected}")
+        if variables[name].shape != expected:
+            raise broken(
+                file.name, f"variable {name!r} has shape {variables[name].shape}, not {expected} as the others"
+            )
     # Aliases could let a small file ask for any amount of memory.
-    if sum(prod(variables[name].shape) for name in source.values()) > 2 * sum(prod(v.shape) for v in variables.values()):
+    stored = sum(prod(variable.shape) for variable in {one.offset: one for one in variables.values()}.values())
+    if sum(prod(variables[name].shape) for name in parameters) > 2 * stored:
         raise broken(file.name, "its aliases repeat the same weights over and over")
 
     state = {}
     for name, ours in parameters.items():
-        whole = dequantized(file, variables, source[name])
+        whole = dequantized(file, variables, name)
         rows = [shapes.get(one, [config.d_model])[0] for one in ours]
         for one, part in zip(ours, whole.split(rows)):
             if one in shapes:
@@ -293,8 +299,11 @@ def dequantized(file, variables, name):
         return read_tensor(file, variable)
     scales = {torch.int8: variable.shape[:1], torch.int16: []}.get(variable.dtype)
     if scale is None or scale.shape != scales or scale.dtype not in FLOATS:
-        raise broken(file.name, f"variable {name!r} is {variable.dtype} without its scales",
-                     "convert the model with --quantization float32, float16, bfloat16, int8 or int16")
+        raise broken(
+            file.name,
+            f"variable {name!r} is {variable.dtype} without its scales",
+            "convert the model with --quantization float32, float16, bfloat16, int8 or int16",
+        )
     rows = read_tensor(file, scale).float().reshape(-1, *[1] * (len(variable.shape) - 1))
     return read_tensor(file, variable).float() / rows
 
@@ -337,7 +346,9 @@ def load_tokenizer(path, vocab_size):
         found = tokenizer.get_vocab()
     except Exception as error:  # tokenizers raises plain Exception
         reason = f"{type(error).__name__}: {error}"
-        raise broken(path, f"is not the tokenizer of a Whisper ({reason})", "take it from the original model") from error
+        raise broken(
+            path, f"is not the tokenizer of a Whisper ({reason})", "take it from the original model"
+        ) from error
     for name in (END, START, TRANSLATE, TRANSCRIBE, PREVIOUS, NO_TIMESTAMPS):
         if name not in ids:
             raise broken(path, f"has no token {name}", "take it from the original model")
@@ -364,8 +375,10 @@ def generation_config(path, config, tokenizer):
     if heads is None:  # as CTranslate2: every head of the upper half
         heads = [[layer, head] for layer in range(layers // 2, layers) for head in range(width)]
     if not isinstance(heads, list) or not all(
-        isinstance(pair, list) and [type(index) for index in pair] == [int, int]
-        and 0 <= pair[0] < layers and 0 <= pair[1] < width
+        isinstance(pair, list)
+        and [type(index) for index in pair] == [int, int]
+        and 0 <= pair[0] < layers
+        and 0 <= pair[1] < width
         for pair in heads
     ):
         raise broken(path, f"alignment_heads is not a list of [layer, head] below [{layers}, {width}]")
@@ -374,7 +387,7 @@ def generation_config(path, config, tokenizer):
     languages = {}
     if "" in vocab:  # so CTranslate2 tells a multilingual Whisper
         languages = {
-            "lang_to_id": {tokenizer.convert_ids_to_tokens(id): id for id in range(vocab[START] + 1, vocab[TRANSLATE])},
+            "lang_to_id": {text: id for text, id in vocab.items() if vocab[START] < id < vocab[TRANSLATE]},
             "task_to_id": {"transcribe": vocab[TRANSCRIBE], "translate": vocab[TRANSLATE]},
             "task": "transcribe",
         }

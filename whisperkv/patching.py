@@ -67,7 +67,7 @@ class CacheAdoption:
 
     def __init__(self, eviction):
         self.eviction = eviction
-        self.record = None  # of the last cache
+        self.record = None  # of the cache that was last passed through the decoder
         self.decodes = 0
         self.note = ""
 
@@ -86,7 +86,8 @@ class CacheAdoption:
             layer = self._adopt(decoder, given, rows, tokens)
             if layer is None:
                 return None
-        layer.record.tokens = layer.seen + tokens
+        self.record = layer.record
+        self.record.tokens = layer.seen + tokens
         return (), given
 
     def _adopt(self, decoder, given, rows, tokens):
@@ -115,7 +116,7 @@ class CacheAdoption:
         mask = given.get("attention_mask")
         if mask is not None and mask.dim() == 4:
             given["attention_mask"] = mask[..., :tokens]  # made for a static cache of more slots
-        self.record = DecodeRecord(
+        record = DecodeRecord(
             layers=len(decoder.layers),
             width=config.d_model,
             limit=config.max_target_positions,
@@ -129,7 +130,7 @@ class CacheAdoption:
         own = cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
         spare = SpareBuffer()
         own.layers = [
-            SelfCacheLayer(self.eviction, config.max_target_positions, padding, spare, self.record)
+            SelfCacheLayer(self.eviction, config.max_target_positions, padding, spare, record)
             for _ in decoder.layers
         ]
         own.layer_class_to_replicate = None

@@ -7,6 +7,8 @@
 #include <numpy/arrayobject.h>
 #include <stdbool.h>
 #include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
 
 #include "../policies.h"
 #include "../whisperkv.h"
@@ -96,7 +98,8 @@ static bool read_float(const char *const name, PyObject *const object, float *co
 static bool read_count(const char *const name, PyObject *const object, int64_t *const count) {
   *count = PyLong_AsLongLong(object);
   if (PyErr_Occurred()) PyErr_Format(PyExc_TypeError, "%s must be an integer, not %R", name, object);
-  else if (*count < 1) PyErr_Format(PyExc_ValueError, "%s must be 1 or more, not %R", name, object);
+  else if (*count < 1 || *count > INT32_MAX)
+    PyErr_Format(PyExc_ValueError, "%s must be in 1..%d, not %R", name, INT32_MAX, object);
   return !PyErr_Occurred();
 }
 

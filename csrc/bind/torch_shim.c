@@ -6,7 +6,7 @@
 #include <stdio.h>
 #include <string.h>
 
-struct torch_shim torch;
+struct torch_shim shim;
 
 #define FUNCTION_PLACE(result, name, arguments) {#name, offsetof(struct torch_shim, name)},
 static const struct {
@@ -14,55 +14,54 @@ static const struct {
   size_t offset;
 } functions[] = {TORCH_FUNCTIONS(FUNCTION_PLACE)};
 
-#define TEXT(name) #name,
-static const char *const dtypes[] = {TORCH_DTYPES(TEXT)};
-static const char *const devices[] = {TORCH_DEVICES(TEXT)};
+#define DTYPE_SYMBOL(name) "aoti_torch_dtype_" #name,
+#define DEVICE_SYMBOL(name) "aoti_torch_device_type_" #name,
+static const char *const dtypes[] = {TORCH_DTYPES(DTYPE_SYMBOL)};
+static const char *const devices[] = {TORCH_DEVICES(DEVICE_SYMBOL)};
 
-#define OLDEST "2.10"
 #define UPGRADE "pip install -U torch"
 
-/* Asks torch for its number of a dtype or device. */
-static bool ask(void *const library, const char *const kind, const char *const name, int32_t *const number) {
-  char symbol[64];
-  snprintf(symbol, sizeof symbol, "aoti_torch_%s_%s", kind, name);
-  int32_t (*get)(void);
-  *(void **)&get = dlsym(library, symbol);
-  if (get) *number = get();
-  return get;
+/* Sets a function pointer, given by its address; NULL if the library has no such function. */
+static bool find(void *const library, const char *const name, void *const function) {
+  void *const found = dlsym(library, name);
+  memcpy(function, &found, sizeof found);
+  return found;
 }
 
-/* NULL, or the first name that torch does not have. */
+/* Calls a function that returns a number; false if the library has none of that name. */
+static bool ask(void *const library, const char *const name, int32_t *const number) {
+  int32_t (*function)(void);
+  if (!find(library, name, &function)) return false;
+  *number = function();
+  return true;
+}
+
+/* Fills the shim. NULL, or the first name that torch does not have. */
 static const char *find_all(void *const library) {
-  for (size_t i = 0; i < sizeof functions / sizeof functions[0]; i++) {
-    void *const function = dlsym(library, functions[i].name);
-    if (!function) return functions[i].name;
-    memcpy((char *)&torch + functions[i].offset, &function, sizeof function);
-  }
+  for (size_t i = 0; i < sizeof functions / sizeof functions[0]; i++)
+    if (!find(library, functions[i].name, (char *)&shim + functions[i].offset)) return functions[i].name;
   for (int i = 0; i < TORCH_DTYPE_COUNT; i++)
-    if (!ask(library, "dtype", dtypes[i], &torch.dtypes[i])) return dtypes[i];
+    if (!ask(library, dtypes[i], &shim.dtypes[i])) return dtypes[i];
   for (int i = 0; i < TORCH_DEVICE_COUNT; i++)
-    if (!ask(library, "device_type", devices[i], &torch.devices[i])) return devices[i];
+    if (!ask(library, devices[i], &shim.devices[i])) return devices[i];
   return NULL;
 }
 
 const char *torch_shim_load(const char *const path, char *const error, const size_t error_size) {
-  /* Never loads a library: a second torch in one process would not know the first one's tensors. */
-  void *library = dlopen(path, RTLD_NOW | RTLD_LOCAL | RTLD_NOLOAD);
+  /* Nothing is loaded here: a second libtorch in the process would not know the first one's tensors. Some
+   * distributions keep it outside torch's folder, so its plain name is tried as well. */
+  void *library = dlopen(path, RTLD_NOW | RTLD_NOLOAD);
+  if (!library) library = dlopen("libtorch_cpu.so", RTLD_NOW | RTLD_NOLOAD);
   if (!library) {
-    const bool elsewhere = dlopen("libtorch_cpu.so", RTLD_NOW | RTLD_LOCAL | RTLD_NOLOAD);
-    snprintf(error, error_size,
-             elsewhere ? "torch runs on another libtorch_cpu than %s: keep one installation of torch"
-                       : "libtorch_cpu is not loaded: import torch first (looked for %s)",
-             path);
+    snprintf(error, error_size, "libtorch_cpu is not loaded: import torch first (looked for %s)", path);
     return error;
   }
   uint64_t (*abi_version)(void);
-  *(void **)&abi_version = dlsym(library, "aoti_torch_abi_version");
-  const uint64_t version = abi_version ? abi_version() : 0;
+  const uint64_t version = find(library, "aoti_torch_abi_version", &abi_version) ? abi_version() : 0;
   if (version < TORCH_OLDEST) {
     char found[32] = "an older one";
     if (version) snprintf(found, sizeof found, "%d.%d", (int)(version >> 56), (int)(version >> 48 & 255));
-    snprintf(error, error_size, "whisperkv needs torch >= " OLDEST ", found %s: " UPGRADE, found);
+    snprintf(error, error_size, "whisperkv needs torch >= 2.10, found %s: " UPGRADE, found);
     return error;
   }
   const char *const missing = find_all(library);

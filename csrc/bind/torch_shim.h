@@ -18,8 +18,8 @@ typedef int32_t AOTITorchError;
 typedef void (*torch_boxed_op)(StableIValue *stack, uint64_t inputs, uint64_t outputs);
 typedef void (*torch_range_task)(int64_t begin, int64_t end, void *context);
 
-#define TORCH_VERSION(major, minor) ((uint64_t)(major) << 56 | (uint64_t)(minor) << 48)
-#define TORCH_OLDEST TORCH_VERSION(2, 10) /* 2.10 was the first with torch_library_impl and torch_parallel_for */
+#define TORCH_RELEASE(major, minor) ((uint64_t)(major) << 56 | (uint64_t)(minor) << 48)
+#define TORCH_OLDEST TORCH_RELEASE(2, 10) /* 2.10 was the first with torch_library_impl and torch_parallel_for */
 
 /* F(result, name, arguments) */
 #define TORCH_FUNCTIONS(F) \
@@ -65,7 +65,7 @@ struct torch_shim {
 };
 
 /* Filled by torch_shim_load. */
-extern struct torch_shim torch;
+extern struct torch_shim shim;
 
 /* Finds the libtorch_cpu that the process has loaded. NULL, or what the user should do, written to error. */
 const char *torch_shim_load(const char *path, char *error, size_t error_size);

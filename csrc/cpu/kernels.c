@@ -8,40 +8,72 @@
 
 enum {
   BLOCK = 512,             /* slots of one softmax step: all of Whisper's 448, and 2 kB of stack */
-  PIECE = 256,             /* output channels of one pass; any head of Whisper's has 64 */
-  TOGETHER = W > 8 ? W : 8 /* slots read side by side, so that sums across lanes and query loads are shared */
+  PIECE = 256,             /* channels of one pass; a head of Whisper's has 64 */
+  TOGETHER = W > 8 ? W : 8 /* slots whose sums across lanes are formed at once */
 };
 
 INLINE int64_t least(const int64_t a, const int64_t b) { return a < b ? a : b; }
 
 /* ---- compact_attention ---- */
 
-/* sums[i] += query . keys[i] over the n <= W channels from d on. */
-INLINE void add_products(const enum wkv_dtype dtype, vf sums[TOGETHER], const void *const query, const float scale,
-                         const void *const keys[TOGETHER], const int64_t d, const int64_t n) {
-  const vf q = scale * load(dtype, at(dtype, query, d), n);
-  for (int i = 0; i < TOGETHER; i++) sums[i] = fma_(q, load(dtype, at(dtype, keys[i], d), n), sums[i]);
+INLINE void clear(vf *const sums, const int64_t channels) {
+  for (int64_t d = 0; d < channels; d += PAIR) sums[d / W] = sums[d / W + 1] = (vf){0};
 }
 
-/* logits[s] = scale * query . keys[s] for s < slots, padded with -inf to a multiple of TOGETHER.
- * Returns the largest, not less than floor. */
-INLINE float score_slots(const enum wkv_dtype dtype, float *const logits, const void *const query, const float scale,
-                         const void *const keys, const int64_t slots, const int64_t head_dim, const float floor) {
-  vf top = splat(floor);
-  for (int64_t s = 0; s < slots; s += TOGETHER) {
-    vf sums[TOGETHER] = {0};
-    const void *key[TOGETHER]; /* past the end the last slot is read again */
-    for (int i = 0; i < TOGETHER; i++) key[i] = at(dtype, keys, least(s + i, slots - 1) * head_dim);
-    int64_t d = 0;
-    for (; d + W <= head_dim; d += W) add_products(dtype, sums, query, scale, key, d, W);
-    if (d < head_dim) add_products(dtype, sums, query, scale, key, d, head_dim - d);
-    for (int i = 0; i < TOGETHER; i += W) {
-      const vf logit = sum_each(sums + i);
-      top = larger(logit, top);
-      store(WKV_FLOAT32, logits + s + i, logit, W);
+/* sums += factor * x, over n <= PAIR channels. */
+INLINE void add_pair(const enum wkv_dtype dtype, vf *const sums, const float factor, const void *const x,
+                     const int64_t n) {
+  const struct pair p = load_some(dtype, x, n);
+  sums[0] = multiply_add(splat(factor), p.a, sums[0]);
+  sums[1] = multiply_add(splat(factor), p.b, sums[1]);
+}
+
+/* sums += factor * x, over all channels. */
+INLINE void add_multiple(const enum wkv_dtype dtype, vf *const sums, const float factor, const void *const x,
+                         const int64_t channels) {
+  int64_t d = 0;
+  for (; d + PAIR <= channels; d += PAIR) add_pair(dtype, sums + d / W, factor, at(dtype, x, d), PAIR);
+  if (d < channels) add_pair(dtype, sums + d / W, factor, at(dtype, x, d), channels - d);
+}
+
+/* sum + query . key over n <= PAIR channels, in W partial sums. */
+INLINE vf multiply_pair(const enum wkv_dtype dtype, const vf *const query, const void *const key, const int64_t n,
+                        const vf sum) {
+  const struct pair k = load_some(dtype, key, n);
+  return multiply_add(query[1], k.b, multiply_add(query[0], k.a, sum));
+}
+
+/* query . key over all channels, in W partial sums. */
+INLINE vf multiply_key(const enum wkv_dtype dtype, const vf *const query, const void *const key,
+                       const int64_t channels) {
+  vf sum = {0};
+  int64_t d = 0;
+  for (; d + PAIR <= channels; d += PAIR) sum = multiply_pair(dtype, query + d / W, at(dtype, key, d), PAIR, sum);
+  return d < channels ? multiply_pair(dtype, query + d / W, at(dtype, key, d), channels - d, sum) : sum;
+}
+
+/* logits[s] += scale * query . keys[s] over the channels of one piece. */
+INLINE void score_slots(const enum wkv_dtype dtype, float *const logits, const void *const query, const float scale,
+                        const void *const keys, const int64_t slots, const int64_t stride, const int64_t channels) {
+  vf scaled[PIECE / W];
+  clear(scaled, channels);
+  add_multiple(dtype, scaled, scale, query, channels);
+  for (int64_t start = 0; start < slots; start += TOGETHER) {
+    const int64_t count = least(TOGETHER, slots - start); /* not a constant: unrolled, this loop outwits prefetchers */
+    vf sums[TOGETHER];
+    for (int64_t i = 0; i < count; i++)
+      sums[i] = multiply_key(dtype, scaled, at(dtype, keys, (start + i) * stride), channels);
+    for (int64_t i = count; i < TOGETHER; i++) sums[i] = (vf){0};
+    for (int64_t i = 0; i < TOGETHER; i += W) {
+      float *const logit = logits + start + i;
+      store(logit, load(logit) + sum_each(sums + i));
     }
   }
-  for (int64_t s = slots; s % TOGETHER; s++) logits[s] = -INFINITY;
+}
+
+INLINE float largest(const float *const x, const int64_t n, const float floor) {
+  vf top = splat(floor);
+  for (int64_t s = 0; s < n; s += W) top = larger(load(x + s), top);
   return largest_of(top);
 }
 
@@ -49,26 +81,11 @@ INLINE float score_slots(const enum wkv_dtype dtype, float *const logits, const 
 INLINE float exponentiate(float *const x, const int64_t slots, const float top) {
   vf sum = {0};
   for (int64_t s = 0; s < slots; s += W) {
-    const vf e = exp_(load(WKV_FLOAT32, x + s, W) - top);
-    store(WKV_FLOAT32, x + s, e, W);
+    const vf e = exponential(load(x + s) - top);
+    store(x + s, e);
     sum += e;
   }
   return sum_of(sum);
-}
-
-/* output += weights[i] * values[i] over count slots. */
-INLINE void add_values(const enum wkv_dtype dtype, vf *const output, const float *const weights,
-                       const void *const values, const int count, const int64_t stride, const int64_t channels) {
-  for (int64_t d = 0; d < channels; d += W) {
-    vf sum = output[d / W];
-    if (d + W <= channels)
-      for (int i = 0; i < count; i++)
-        sum = fma_(splat(weights[i]), load(dtype, at(dtype, values, i * stride + d), W), sum);
-    else
-      for (int i = 0; i < count; i++)
-        sum = fma_(splat(weights[i]), load(dtype, at(dtype, values, i * stride + d), channels - d), sum);
-    output[d / W] = sum;
-  }
 }
 
 INLINE void multiply(float *const x, const int64_t n, const float factor) {
@@ -77,34 +94,39 @@ INLINE void multiply(float *const x, const int64_t n, const float factor) {
 
 /* One head of one token attends over the live slots; of the output it forms the channels of one piece.
  * Softmax block by block: the sums so far are rescaled whenever a later block holds a larger logit. */
-INLINE void attend(const enum wkv_dtype dtype, const struct wkv_attention *const a, const void *const query,
-                   const void *const keys, const void *const values, const int64_t live, void *const output,
-                   const int64_t channels, float *const weights) {
-  vf sums[PIECE / W] = {0};
+INLINE void attend(const enum wkv_dtype dtype, const struct wkv_attention *const a, const int64_t head_dim,
+                   const void *const query, const void *const keys, const void *const values, const int64_t live,
+                   void *const output, const int64_t channels, float *const weights) {
+  vf sums[PIECE / W];
+  clear(sums, channels);
   float total = 0, top = -FLT_MAX; /* finite, so that logits of -inf weigh 0 and are not subtracted from each other */
   for (int64_t start = 0; start < live; start += BLOCK) {
     float block[BLOCK];
-    const int64_t slots = least(BLOCK, live - start), padded = (slots + W - 1) / W * W;
-    const float higher = score_slots(dtype, block, query, a->scale, at(dtype, keys, start * a->head_dim), slots,
-                                     a->head_dim, top);
-    const float shrink = exp_(splat(top - higher))[0];
+    const int64_t slots = least(BLOCK, live - start), padded = (slots + TOGETHER - 1) / TOGETHER * TOGETHER;
+    for (int64_t s = 0; s < padded; s++) block[s] = 0;
+    for (int64_t d = 0; d < head_dim; d += PIECE)
+      score_slots(dtype, block, at(dtype, query, d), a->scale, at(dtype, keys, start * head_dim + d), slots, head_dim,
+                  least(PIECE, head_dim - d));
+    for (int64_t s = slots; s < padded; s++) block[s] = -INFINITY;
+
+    const float higher = largest(block, padded, top), shrink = exponential(splat(top - higher))[0];
     top = higher;
     total = total * shrink + exponentiate(block, padded, top);
-    for (int i = 0; i < PIECE / W; i++) sums[i] *= shrink;
-
-    const void *const block_values = at(dtype, values, start * a->head_dim);
-    int64_t s = 0;
-    for (; s + 8 <= slots; s += 8)
-      add_values(dtype, sums, block + s, at(dtype, block_values, s * a->head_dim), 8, a->head_dim, channels);
-    for (; s < slots; s++)
-      add_values(dtype, sums, block + s, at(dtype, block_values, s * a->head_dim), 1, a->head_dim, channels);
+    for (int64_t d = 0; d < channels; d += PAIR) {
+      sums[d / W] *= shrink;
+      sums[d / W + 1] *= shrink;
+    }
+    for (int64_t s = 0; s < slots; s++)
+      add_multiple(dtype, sums, block[s], at(dtype, values, (start + s) * head_dim), channels);
     if (weights) {
       multiply(weights, start, shrink);
       memcpy(weights + start, block, (size_t)slots * sizeof(float));
     }
   }
-  for (int64_t d = 0; d < channels; d += W)
-    store(dtype, at_mut(dtype, output, d), sums[d / W] * (1 / total), least(W, channels - d));
+  for (int64_t d = 0; d < channels; d += PAIR) {
+    const struct pair mean = {sums[d / W] * (1 / total), sums[d / W + 1] * (1 / total)};
+    store_some(dtype, at_mut(dtype, output, d), mean, least(PAIR, channels - d));
+  }
   if (weights) {
     multiply(weights, live, 1 / total);
     memset(weights + live, 0, (size_t)(a->slots - live) * sizeof(float));
@@ -112,9 +134,9 @@ INLINE void attend(const enum wkv_dtype dtype, const struct wkv_attention *const
 }
 
 /* One head of one row, token after token. */
-INLINE void attend_row(const enum wkv_dtype dtype, const struct wkv_attention *const a, const int64_t row,
-                       const int64_t head) {
-  const int64_t size = a->head_dim * size_of(dtype); /* bytes of one head of one token */
+INLINE void attend_row(const enum wkv_dtype dtype, const struct wkv_attention *const a, const int64_t head_dim,
+                       const int64_t row, const int64_t head) {
+  const int64_t size = head_dim * size_of(dtype); /* bytes of one head of one token */
   char *const keys = (char *)a->keys + (row * a->heads + head) * a->slots * size;
   char *const values = (char *)a->values + (row * a->heads + head) * a->slots * size;
   int64_t live = a->cursor[WKV_LIVE * a->rows + row], slot = a->cursor[WKV_SLOT * a->rows + row];
@@ -133,45 +155,45 @@ INLINE void attend_row(const enum wkv_dtype dtype, const struct wkv_attention *c
     memcpy(values + slot * size, (const char *)a->value + from, (size_t)size);
     slot++;
     live = slot > live ? slot : live;
-    for (int64_t d = 0; d < a->head_dim; d += PIECE)
-      attend(dtype, a, (const char *)a->query + from, keys, at(dtype, values, d), live, at_mut(dtype, output, d),
-             least(PIECE, a->head_dim - d), weights);
+    for (int64_t d = 0; d < head_dim; d += PIECE)
+      attend(dtype, a, head_dim, (const char *)a->query + from, keys, at(dtype, values, d), live,
+             at_mut(dtype, output, d), least(PIECE, head_dim - d), weights);
   }
 }
 
-static void attend_float32(const struct wkv_attention *const a, const int64_t row, const int64_t head) {
-  attend_row(WKV_FLOAT32, a, row, head);
-}
+typedef void attend_function(const struct wkv_attention *, int64_t row, int64_t head);
 
-static void attend_bfloat16(const struct wkv_attention *const a, const int64_t row, const int64_t head) {
-  attend_row(WKV_BFLOAT16, a, row, head);
-}
+#define ATTEND(dtype, size, head_dim) \
+  static void attend_##dtype##_##size(const struct wkv_attention *const a, const int64_t row, const int64_t head) { \
+    attend_row(WKV_##dtype, a, head_dim, row, head); \
+  }
+#define ATTEND_IN(dtype) ATTEND(dtype, 64, 64) ATTEND(dtype, any, a->head_dim)
+ATTEND_IN(FLOAT32)
+ATTEND_IN(BFLOAT16)
+ATTEND_IN(FLOAT16)
 
-static void attend_float16(const struct wkv_attention *const a, const int64_t row, const int64_t head) {
-  attend_row(WKV_FLOAT16, a, row, head);
-}
+/* Every Whisper has heads of 64 channels: known to the compiler, that makes the inner loops straight lines. */
+static attend_function *const attend_64[WKV_DTYPES] = {attend_FLOAT32_64, attend_BFLOAT16_64, attend_FLOAT16_64};
+static attend_function *const attend_any[WKV_DTYPES] = {attend_FLOAT32_any, attend_BFLOAT16_any, attend_FLOAT16_any};
 
 static void compact_attention(const struct wkv_attention *const a, const int64_t begin, const int64_t end) {
-  static void (*const attend_in[WKV_DTYPES])(const struct wkv_attention *, int64_t, int64_t) = {
-      [WKV_FLOAT32] = attend_float32, [WKV_BFLOAT16] = attend_bfloat16, [WKV_FLOAT16] = attend_float16};
-  for (int64_t item = begin; item < end; item++) attend_in[a->dtype](a, item / a->heads, item % a->heads);
+  attend_function *const attend_item = (a->head_dim == 64 ? attend_64 : attend_any)[a->dtype];
+  for (int64_t item = begin; item < end; item++) attend_item(a, item / a->heads, item % a->heads);
 }
 
 /* ---- score_evict ---- */
 
 /* Squared length of the key in a slot, over all heads. */
 static float key_norm(const struct wkv_eviction *const e, const int64_t row, const int64_t slot) {
-  float norm = 0;
+  vf sum = {0};
   for (int64_t head = 0; head < e->heads; head++) {
     const void *const key = at(e->dtype, e->keys, ((row * e->heads + head) * e->slots + slot) * e->head_dim);
-    vf sum = {0};
-    for (int64_t d = 0; d < e->head_dim; d += W) {
-      const vf k = load(e->dtype, at(e->dtype, key, d), least(W, e->head_dim - d));
-      sum = fma_(k, k, sum);
+    for (int64_t d = 0; d < e->head_dim; d += PAIR) {
+      const struct pair k = load_some(e->dtype, at(e->dtype, key, d), least(PAIR, e->head_dim - d));
+      sum = multiply_add(k.a, k.a, multiply_add(k.b, k.b, sum));
     }
-    norm += sum_of(sum);
   }
-  return norm;
+  return sum_of(sum);
 }
 
 /* The policy scores every live slot of a row after a token was written to new_slot. */

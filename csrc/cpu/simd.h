@@ -27,14 +27,14 @@
 typedef float vf __attribute__((vector_size(4 * W)));
 typedef int32_t vi __attribute__((vector_size(4 * W)));
 typedef uint32_t vu __attribute__((vector_size(4 * W)));
-typedef uint16_t vh __attribute__((vector_size(2 * W))); /* W bfloat16 or float16 */
+typedef uint16_t vh __attribute__((vector_size(2 * W))); /* W float16 */
 
 INLINE vf splat(const float x) { return x - (vf){0}; }
 INLINE vu choose(const vi mask, const vu yes, const vu no) { return ((vu)mask & yes) | (~(vu)mask & no); }
 INLINE vf larger(const vf a, const vf b) { return (vf)choose(a > b, (vu)a, (vu)b); } /* b if a is NaN */
 
 /* a * b + c. Spelled out, because -std=c11 forbids the compiler to contract. */
-INLINE vf fma_(const vf a, const vf b, const vf c) {
+INLINE vf multiply_add(const vf a, const vf b, const vf c) {
 #if defined(__AVX512F__)
   return (vf)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
 #elif defined(__AVX2__)
@@ -48,12 +48,19 @@ INLINE vf fma_(const vf a, const vf b, const vf c) {
 
 /* ---- storage formats ---- */
 
-INLINE vf from_bfloat16(const vh x) { return (vf)(__builtin_convertvector(x, vu) << 16); }
+/* W floats from and to memory at any address. */
+INLINE vf load(const float *const p) {
+  vf x;
+  memcpy(&x, p, sizeof x);
+  return x;
+}
 
-/* To the nearest, ties to even; NaN to the quiet one. */
-INLINE vh to_bfloat16(const vf x) {
+INLINE void store(float *const p, const vf x) { memcpy(p, &x, sizeof x); }
+
+/* The bits of a bfloat16 in the upper half of each lane: to the nearest, ties to even; NaN to the quiet one. */
+INLINE vu to_bfloat16(const vf x) {
   const vu bits = (vu)x, rounded = bits + 0x7fff + ((bits >> 16) & 1);
-  return __builtin_convertvector(choose(x == x, rounded >> 16, (vu){0} + 0x7fc0), vh);
+  return choose(x == x, rounded, (vu){0} + 0x7fc00000) & 0xffff0000;
 }
 
 INLINE vf from_float16(const vh x) {
@@ -61,6 +68,8 @@ INLINE vf from_float16(const vh x) {
   return (vf)_mm512_cvtph_ps((__m256i)x);
 #elif defined(__AVX2__)
   return (vf)_mm256_cvtph_ps((__m128i)x);
+#elif defined(__aarch64__)
+  return (vf)vcvt_f32_f16((float16x4_t)x);
 #else
   const vu half = __builtin_convertvector(x, vu), size = (half & 0x7fff) << 13, rebias = (vu){0} + (112u << 23);
   const vu normal = size + rebias + ((vu)(size >= 0x7c00u << 13) & rebias); /* inf and NaN are rebiased twice */
@@ -74,6 +83,8 @@ INLINE vh to_float16(const vf x) {
   return (vh)_mm512_cvtps_ph((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 #elif defined(__AVX2__)
   return (vh)_mm256_cvtps_ph((__m256)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+#elif defined(__aarch64__)
+  return (vh)vcvt_f16_f32((float32x4_t)x);
 #else
   const vu bits = (vu)x, size = bits & 0x7fffffff;
   const vu normal = (size - (112u << 23) + 0xfff + ((size >> 13) & 1)) >> 13;
@@ -94,19 +105,59 @@ INLINE void *at_mut(const enum wkv_dtype dtype, void *const base, const int64_t 
   return (char *)base + index * size_of(dtype);
 }
 
-/* The first n <= W elements at p, then zeros. Where n is the constant W this is one instruction. */
-INLINE vf load(const enum wkv_dtype dtype, const void *const p, const int64_t n) {
-  vf full = {0};
-  vh half = {0};
-  if (dtype == WKV_FLOAT32) memcpy(&full, p, (size_t)n * sizeof(float));
-  else memcpy(&half, p, (size_t)n * sizeof(uint16_t));
-  return dtype == WKV_FLOAT32 ? full : dtype == WKV_BFLOAT16 ? from_bfloat16(half) : from_float16(half);
+/* 2 * W numbers of a cache. Two of bfloat16 fill a 32 bit lane and are split most cheaply into those at even places
+ * and those at odd ones; of the other dtypes, a holds the first W. Loads and stores agree, and nothing between them
+ * minds the order. */
+struct pair {
+  vf a, b;
+};
+
+enum { PAIR = 2 * W };
+
+INLINE struct pair load_full(const enum wkv_dtype dtype, const void *const p) {
+  vu both;
+  vh halves[2];
+  switch (dtype) {
+    case WKV_BFLOAT16:
+      memcpy(&both, p, sizeof both);
+      return (struct pair){(vf)(both << 16), (vf)(both & 0xffff0000)};
+    case WKV_FLOAT16:
+      memcpy(&halves[0], p, sizeof halves[0]);
+      memcpy(&halves[1], (const char *)p + sizeof halves[0], sizeof halves[1]);
+      return (struct pair){from_float16(halves[0]), from_float16(halves[1])};
+    default:
+      return (struct pair){load(p), load((const float *)p + W)};
+  }
 }
 
-INLINE void store(const enum wkv_dtype dtype, void *const p, const vf x, const int64_t n) {
-  const vh half = dtype == WKV_BFLOAT16 ? to_bfloat16(x) : to_float16(x);
-  if (dtype == WKV_FLOAT32) memcpy(p, &x, (size_t)n * sizeof(float));
-  else memcpy(p, &half, (size_t)n * sizeof(uint16_t));
+INLINE void store_full(const enum wkv_dtype dtype, void *const p, const struct pair x) {
+  const vu both = to_bfloat16(x.a) >> 16 | to_bfloat16(x.b);
+  const vh halves[2] = {to_float16(x.a), to_float16(x.b)};
+  switch (dtype) {
+    case WKV_BFLOAT16:
+      memcpy(p, &both, sizeof both);
+      break;
+    case WKV_FLOAT16:
+      memcpy(p, halves, sizeof halves);
+      break;
+    default:
+      store(p, x.a);
+      store((float *)p + W, x.b);
+  }
+}
+
+/* The first n <= PAIR numbers at p, then zeros. Where n is the constant PAIR only the load remains. */
+INLINE struct pair load_some(const enum wkv_dtype dtype, const void *const p, const int64_t n) {
+  if (n == PAIR) return load_full(dtype, p);
+  float padded[PAIR] = {0};
+  memcpy(padded, p, (size_t)(n * size_of(dtype)));
+  return load_full(dtype, padded);
+}
+
+INLINE void store_some(const enum wkv_dtype dtype, void *const p, const struct pair x, const int64_t n) {
+  float padded[PAIR];
+  store_full(dtype, padded, x);
+  memcpy(p, padded, (size_t)(n * size_of(dtype)));
 }
 
 /* ---- across lanes ---- */
@@ -167,18 +218,19 @@ INLINE float largest_of(const vf x) {
   return largest;
 }
 
-/* exp(x) for x <= 0, to 1e-7 of its value; 0 below -87, where floats grow subnormal; NaN stays NaN. */
-INLINE vf exp_(const vf x) {
-  const float round = 0x1.8p23f; /* added and taken away, it leaves an integer; in between that stands in the low bits */
-  const vf shifted = fma_(x, splat(1.44269504f), splat(round)), n = shifted - round;
-  const vf r = fma_(n, splat(2.12194440e-4f), fma_(n, splat(-0.693359375f), x)); /* x - n log 2 */
+/* exp(x) for x <= 0, to 1e-7 of its value (the polynomial is that of Cephes); 0 below -87, where floats grow
+ * subnormal; NaN stays NaN. */
+INLINE vf exponential(const vf x) {
+  const float round = 0x1.8p23f; /* added and taken away it leaves an integer, which meanwhile fills the low bits */
+  const vf shifted = multiply_add(x, splat(1.44269504f), splat(round)), n = shifted - round;
+  const vf r = multiply_add(n, splat(2.12194440e-4f), multiply_add(n, splat(-0.693359375f), x)); /* x - n log 2 */
   vf p = splat(1.9875691500e-4f);
-  p = fma_(p, r, splat(1.3981999507e-3f));
-  p = fma_(p, r, splat(8.3334519073e-3f));
-  p = fma_(p, r, splat(4.1665795894e-2f));
-  p = fma_(p, r, splat(1.6666665459e-1f));
-  p = fma_(p, r, splat(5.0000001201e-1f));
-  p = fma_(p, r * r, r) + 1.0f;
+  p = multiply_add(p, r, splat(1.3981999507e-3f));
+  p = multiply_add(p, r, splat(8.3334519073e-3f));
+  p = multiply_add(p, r, splat(4.1665795894e-2f));
+  p = multiply_add(p, r, splat(1.6666665459e-1f));
+  p = multiply_add(p, r, splat(5.0000001201e-1f));
+  p = multiply_add(p, r * r, r) + 1.0f;
   const vf power = (vf)(((vu)shifted + 127) << 23); /* 2^n */
   return (vf)choose(x < -87.0f, (vu){0}, (vu)(p * power));
 }

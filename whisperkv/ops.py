@@ -1,0 +1,80 @@
+"""The torch ops, implemented in C: csrc/whisperkv.h says what they do, tests/reference.py does the same in PyTorch."""
+
+import os
+
+try:
+    import torch
+except ImportError as error:
+    raise ImportError("whisperkv needs torch for this: pip install torch") from error
+
+from . import _torch
+
+POLICIES = _torch.POLICIES  # (name, reads_attention, reads_key_norm); a policy's number is its place
+ISA = _torch.ISA
+
+_torch.register(os.path.join(os.path.dirname(torch.__file__), "lib", "libtorch_cpu.so"))
+
+_NO_GRADIENT = "and no gradient can pass through a cache: call under torch.no_grad()"
+
+
+def _refuse_transform(*args):
+    raise RuntimeError("whisperkv's ops write to a cache: torch.func transforms (grad, jvp, vmap) cannot go through them")
+
+
+# torch's own autograd step for ops without gradients only warns, in backward. Here calls fall through it, so that the
+# C code itself sees which inputs require grad and refuses them; where gradients are off that costs nothing.
+_library = torch.library.Library("whisperkv", "IMPL")
+for _name in ("compact_attention", "score_evict"):
+    _library.impl(_name, torch.library.fallthrough_kernel, "Autograd")
+    _library.impl(_name, _refuse_transform, "FuncTorchDynamicLayerFrontMode")
+
+compact_attention = torch.ops.whisperkv.compact_attention.default
+score_evict = torch.ops.whisperkv.score_evict.default
+
+
+# What torch.compile and torch.export see. The dtype of a cache may be any, but is the same for all of None.
+_ATTENTION = {
+    "query": (None, "rows tokens heads dim"),
+    "key": (None, "rows tokens heads dim"),
+    "value": (None, "rows tokens heads dim"),
+    "keys": (None, "rows heads slots dim"),
+    "values": (None, "rows heads slots dim"),
+    "cursor": (torch.int32, "cursors rows"),
+}
+_EVICTION = {
+    "weights": (torch.float32, "rows heads tokens slots"),
+    "keys": (None, "rows heads slots dim"),
+    "cursor": (torch.int32, "cursors rows"),
+    "positions": (torch.int32, "rows slots"),
+    "scores": (torch.float32, "rows slots"),
+}
+
+
+def _sizes(op, layout, *tensors):
+    """The sizes by name; what the C code refuses is refused here too."""
+    sizes, cache_dtype, device = {"cursors": 4}, None, tensors[0].device
+    for (name, (dtype, shape)), tensor in zip(layout.items(), tensors):
+        shape = shape.split()
+        if dtype is None:
+            dtype = cache_dtype = cache_dtype or tensor.dtype
+        problem = f"{op.name()}: {name} must be {dtype} [{', '.join(shape)}] on {device}"
+        if (tensor.dtype, tensor.dim(), tensor.device) != (dtype, len(shape), device):
+            raise RuntimeError(f"{problem}, got {tensor.dtype} {list(tensor.shape)} on {tensor.device}")
+        for side, size in zip(shape, tensor.shape):
+            wanted = sizes.setdefault(side, size)
+            torch._check(size == wanted, lambda: f"{problem} with {side}={wanted}, got {list(tensor.shape)}")  # noqa: B023
+        if torch.is_grad_enabled() and tensor.requires_grad:
+            raise RuntimeError(f"{op.name()}: {name} requires grad, {_NO_GRADIENT}")
+    return sizes
+
+
+@torch.library.register_fake(compact_attention)
+def _(query, key, value, keys, values, cursor, scale, want_weights):
+    sizes = _sizes(compact_attention, _ATTENTION, query, key, value, keys, values, cursor)
+    weights = [sizes[side] for side in ("rows", "heads", "tokens", "slots")] if want_weights else [0]
+    return query.new_empty(query.shape), query.new_empty(weights, dtype=torch.float32)
+
+
+@torch.library.register_fake(score_evict)
+def _(weights, keys, cursor, positions, scores, policy, budget, recent, decay):
+    _sizes(score_evict, _EVICTION, weights, keys, cursor, positions, scores)
