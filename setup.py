@@ -2,6 +2,7 @@
 
 import os
 import platform
+from glob import glob
 
 import numpy
 from setuptools import Extension, setup
@@ -16,7 +17,7 @@ if platform.machine() in ("x86_64", "AMD64"):
     ISAS["avx2"] = "-mavx2 -mfma -mf16c".split()
     ISAS["avx512"] = "-mavx512f -mavx512bw -mavx512vl -mavx512dq".split() + ISAS["avx2"]
 
-HEADERS = [f"csrc/{name}" for name in ("whisperkv.h", "policies.h", "cpu/simd.h", "bind/torch_shim.h", "bind/torch_ops.h")]
+HEADERS = glob("csrc/**/*.h", recursive=True)
 
 
 def extension(name, *sources, **options):

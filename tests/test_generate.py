@@ -39,10 +39,11 @@ def encoded(tiny_en, batch):
 
 @pytest.fixture(scope="module")
 def long_audio(tiny_en, speech):
-    """Features of two recordings of about 60 and 75 s, with their mask."""
+    """Features of two recordings of 46 and 39 s, with their mask."""
     samples, _ = speech
     silence = np.zeros(16000 * 2, np.float32)
-    pieces = [np.concatenate([samples, silence, samples]), np.concatenate([samples, samples[::-1][:160000], silence, samples])]
+    pieces = [[samples, silence, samples[: 16000 * 15]], [samples[: 16000 * 8], silence, samples]]
+    pieces = [np.concatenate(piece) for piece in pieces]
     return tiny_en[1](
         pieces, sampling_rate=16000, return_tensors="pt", truncation=False, padding="longest", return_attention_mask=True
     )
@@ -159,7 +160,7 @@ def test_long_form(tiny_en, long_audio, condition):
         logprob_threshold=-0.3,
         compression_ratio_threshold=1.6,
     )
-    assert len(output["segments"][0]) > 2
+    assert len(output["segments"][0]) > 1
     patch(model, EvictionConfig(recent=64, heavy=32, pin_prompt=False))
     model.generate(
         long_audio.input_features, attention_mask=long_audio.attention_mask,

@@ -11,6 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._subclasses import FakeTensorMode
 
 import reference
 from reference import LIVE, PINNED, SEEN, SLOT
@@ -188,9 +189,8 @@ class TestValues:
 @pytest.mark.parametrize("isa", ["portable", "avx2", "avx512"])
 def test_every_instruction_set(isa):
     env = os.environ | {"WHISPERKV_ISA": isa, "OMP_NUM_THREADS": "1"}
-    probe = subprocess.run(
-        [sys.executable, "-c", "from whisperkv import _torch; print(_torch.ISA)"], env=env, capture_output=True, text=True
-    )
+    code = "from whisperkv import _torch; print(_torch.ISA)"
+    probe = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
     if "not an instruction set that runs here" in probe.stderr:
         pytest.skip(probe.stderr.splitlines()[-1])
     assert probe.stdout == f"{isa}\n", probe.stderr
@@ -507,6 +507,25 @@ def test_compile_refuses_gradients():
     given["query"].requires_grad_()
     with pytest.raises(RuntimeError, match=r"query requires grad.*torch\.no_grad\(\)"):
         torch.compile(step, fullgraph=True)(given)
+
+
+@pytest.mark.parametrize(
+    "run, argument, change, text",
+    [
+        (attend, "query", lambda t: t[0], r"\[rows, tokens, heads, dim\] on cpu, got torch.float32 \[1, 3, 64\]"),
+        (attend, "keys", resized(3), r"with dim=64, got \[2, 3, 24, 65\]"),
+        (attend, "value", torch.Tensor.half, "float32 .* got torch.float16"),
+        (evict, "scores", resized(1), r"with slots=24, got \[2, 25\]"),
+        (evict, "positions", torch.Tensor.long, "int32 .* got torch.int64"),
+    ],
+)
+def test_a_compiler_is_told_what_is_wrong(run, argument, change, text):
+    real = problem()
+    with FakeTensorMode() as mode:
+        given = {name: mode.from_tensor(v) if isinstance(v, torch.Tensor) else v for name, v in real.items()}
+        given[argument] = change(given[argument])
+        with pytest.raises(RuntimeError, match=f"{argument} must be .*{text}"):
+            run(given)
 
 
 @torch.no_grad()

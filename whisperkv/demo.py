@@ -19,7 +19,7 @@ ROUNDS, PATIENCE = 4, 60  # the best of so many; only two of them once so many s
 WAYS = {
     "transformers": unpatch,
     "whisperkv, lossless": patch,
-    "whisperkv, 64 + 32 tokens": lambda model: patch(model, EvictionConfig(policy="heavy_hitter", recent=64, heavy=32)),
+    "whisperkv, 32 + 16 tokens": lambda model: patch(model, EvictionConfig(recent=32, heavy=16)),
 }
 
 
@@ -115,7 +115,7 @@ def main(arguments=None):
     parser = argparse.ArgumentParser(
         prog="python -m whisperkv.demo",
         description="Transcribes a recording with Whisper tiny.en three times: by transformers alone, with "
-        "whisperkv, and with whisperkv keeping 96 tokens in the self-attention cache.",
+        "whisperkv, and with whisperkv keeping 48 tokens in the self-attention cache.",
     )
     parser.add_argument("audio", nargs="?", help="WAV, FLAC, OGG or MP3, of any length (default: a clip of 29 s)")
     options = parser.parse_args(arguments)

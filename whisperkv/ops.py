@@ -18,7 +18,7 @@ _NO_GRADIENT = "and no gradient can pass through a cache: call under torch.no_gr
 
 
 def _refuse_transform(*args):
-    raise RuntimeError("whisperkv's ops write to a cache: torch.func transforms (grad, jvp, vmap) cannot go through them")
+    raise RuntimeError("whisperkv's ops write to a cache: torch.func transforms (grad, jvp, vmap) cannot enter them")
 
 
 # torch's own autograd step for ops without gradients only warns, in backward. Here calls fall through it, so that the
@@ -62,7 +62,8 @@ def _sizes(op, layout, *tensors):
             raise RuntimeError(f"{problem}, got {tensor.dtype} {list(tensor.shape)} on {tensor.device}")
         for side, size in zip(shape, tensor.shape):
             wanted = sizes.setdefault(side, size)
-            torch._check(size == wanted, lambda: f"{problem} with {side}={wanted}, got {list(tensor.shape)}")  # noqa: B023
+            text = f"{problem} with {side}={wanted}, got {list(tensor.shape)}"
+            torch._check(size == wanted, lambda text=text: text)
         if torch.is_grad_enabled() and tensor.requires_grad:
             raise RuntimeError(f"{op.name()}: {name} requires grad, {_NO_GRADIENT}")
     return sizes

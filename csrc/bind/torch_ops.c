@@ -189,15 +189,15 @@ static bool share_out(struct call *const call, const int64_t items, const double
 
 /* ---- compact_attention ---- */
 
-static const struct argument attention_arguments[] = {
-    {"query", CACHE, 4, {ROWS, TOKENS, HEADS, DIM}},
-    {"key", CACHE, 4, {ROWS, TOKENS, HEADS, DIM}},
-    {"value", CACHE, 4, {ROWS, TOKENS, HEADS, DIM}},
-    {"keys", CACHE, 4, {ROWS, HEADS, SLOTS, DIM}},
-    {"values", CACHE, 4, {ROWS, HEADS, SLOTS, DIM}},
-    {"cursor", TORCH_DTYPE_int32, 2, {CURSORS, ROWS}},
+enum { QUERY, KEY, VALUE, KEYS, VALUES, CURSOR, ATTENTION_TENSORS };
+static const struct argument attention_arguments[ATTENTION_TENSORS] = {
+    [QUERY] = {"query", CACHE, 4, {ROWS, TOKENS, HEADS, DIM}},
+    [KEY] = {"key", CACHE, 4, {ROWS, TOKENS, HEADS, DIM}},
+    [VALUE] = {"value", CACHE, 4, {ROWS, TOKENS, HEADS, DIM}},
+    [KEYS] = {"keys", CACHE, 4, {ROWS, HEADS, SLOTS, DIM}},
+    [VALUES] = {"values", CACHE, 4, {ROWS, HEADS, SLOTS, DIM}},
+    [CURSOR] = {"cursor", TORCH_DTYPE_int32, 2, {CURSORS, ROWS}},
 };
-enum { ATTENTION_TENSORS = sizeof attention_arguments / sizeof attention_arguments[0] };
 
 static void attend(const int64_t begin, const int64_t end, void *const attention) {
   kernels->compact_attention(attention, begin, end);
@@ -212,7 +212,8 @@ static bool compact_attention(struct call *const call, const StableIValue *const
   const int64_t output_shape[] = {size[ROWS], size[TOKENS], size[HEADS], size[DIM]};
   const int64_t weights_shape[] = {size[ROWS], size[HEADS], size[TOKENS], size[SLOTS]};
   void *output, *weights;
-  if (!is_finite(call, "scale", scale) || !needs_no_grad(call, attention_arguments, ATTENTION_TENSORS) || !is_sound(call, call->data[5], size[SLOTS]) ||
+  if (!is_finite(call, "scale", scale) || !needs_no_grad(call, attention_arguments, ATTENTION_TENSORS) ||
+      !is_sound(call, call->data[CURSOR], size[SLOTS]) ||
       !new_result(call, 0, 4, output_shape, call->cache_dtype, &output) ||
       !new_result(call, 1, want_weights ? 4 : 1, want_weights ? weights_shape : &none, TORCH_DTYPE_float32, &weights))
     return false;
@@ -223,12 +224,12 @@ static bool compact_attention(struct call *const call, const StableIValue *const
       .slots = size[SLOTS],
       .head_dim = size[DIM],
       .dtype = (enum wkv_dtype)call->cache_dtype,
-      .query = call->data[0],
-      .key = call->data[1],
-      .value = call->data[2],
-      .keys = call->data[3],
-      .values = call->data[4],
-      .cursor = call->data[5],
+      .query = call->data[QUERY],
+      .key = call->data[KEY],
+      .value = call->data[VALUE],
+      .keys = call->data[KEYS],
+      .values = call->data[VALUES],
+      .cursor = call->data[CURSOR],
       .output = output,
       .weights = want_weights ? weights : NULL,
       .scale = (float)scale,
@@ -238,14 +239,14 @@ static bool compact_attention(struct call *const call, const StableIValue *const
 
 /* ---- score_evict ---- */
 
-static const struct argument eviction_arguments[] = {
-    {"weights", TORCH_DTYPE_float32, 4, {ROWS, HEADS, TOKENS, SLOTS}},
-    {"keys", CACHE, 4, {ROWS, HEADS, SLOTS, DIM}},
-    {"cursor", TORCH_DTYPE_int32, 2, {CURSORS, ROWS}},
-    {"positions", TORCH_DTYPE_int32, 2, {ROWS, SLOTS}},
-    {"scores", TORCH_DTYPE_float32, 2, {ROWS, SLOTS}},
+enum { SEEN_WEIGHTS, SEEN_KEYS, MOVED_CURSOR, POSITIONS, SCORES, EVICTION_TENSORS };
+static const struct argument eviction_arguments[EVICTION_TENSORS] = {
+    [SEEN_WEIGHTS] = {"weights", TORCH_DTYPE_float32, 4, {ROWS, HEADS, TOKENS, SLOTS}},
+    [SEEN_KEYS] = {"keys", CACHE, 4, {ROWS, HEADS, SLOTS, DIM}},
+    [MOVED_CURSOR] = {"cursor", TORCH_DTYPE_int32, 2, {CURSORS, ROWS}},
+    [POSITIONS] = {"positions", TORCH_DTYPE_int32, 2, {ROWS, SLOTS}},
+    [SCORES] = {"scores", TORCH_DTYPE_float32, 2, {ROWS, SLOTS}},
 };
-enum { EVICTION_TENSORS = sizeof eviction_arguments / sizeof eviction_arguments[0] };
 
 static void evict(const int64_t begin, const int64_t end, void *const eviction) {
   kernels->score_evict(eviction, begin, end);
@@ -255,14 +256,16 @@ static bool score_evict(struct call *const call, const StableIValue *const numbe
   const int64_t policy = (int64_t)numbers[0], budget = (int64_t)numbers[1], recent = (int64_t)numbers[2];
   const double decay = as_double(numbers[3]);
   if (!is_within(call, "policy", policy, 0, POLICIES - 1)) return false;
-  const bool is_read[EVICTION_TENSORS] = {policies[policy].attention, policies[policy].key_norm, true, true, true};
+  const bool is_read[EVICTION_TENSORS] = {[SEEN_WEIGHTS] = policies[policy].attention,
+                                          [SEEN_KEYS] = policies[policy].key_norm,
+                                          [MOVED_CURSOR] = true, [POSITIONS] = true, [SCORES] = true};
   for (int i = 0; i < EVICTION_TENSORS; i++)
     if (!accept(call, i, &eviction_arguments[i], is_read[i])) return false;
   const int64_t *const size = call->sizes;
   if (!is_within(call, "budget", budget, 1, size[SLOTS]) || !is_within(call, "recent", recent, 1, INT32_MAX) ||
       !is_finite(call, "decay", decay) || !needs_no_grad(call, eviction_arguments, EVICTION_TENSORS) ||
       /* several tokens were appended one after another, so none but the last may call for an eviction */
-      !is_sound(call, call->data[2], size[TOKENS] > 1 ? budget : size[SLOTS]))
+      !is_sound(call, call->data[MOVED_CURSOR], size[TOKENS] > 1 ? budget : size[SLOTS]))
     return false;
   struct wkv_eviction eviction = {
       .rows = size[ROWS],
@@ -271,11 +274,11 @@ static bool score_evict(struct call *const call, const StableIValue *const numbe
       .slots = size[SLOTS],
       .head_dim = size[DIM],
       .dtype = (enum wkv_dtype)call->cache_dtype,
-      .weights = call->data[0],
-      .keys = call->data[1],
-      .cursor = call->data[2],
-      .positions = call->data[3],
-      .scores = call->data[4],
+      .weights = call->data[SEEN_WEIGHTS],
+      .keys = call->data[SEEN_KEYS],
+      .cursor = call->data[MOVED_CURSOR],
+      .positions = call->data[POSITIONS],
+      .scores = call->data[SCORES],
       .policy = (int)policy,
       .budget = budget,
       .recent = recent,

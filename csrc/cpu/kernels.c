@@ -7,9 +7,10 @@
 #include "simd.h"
 
 enum {
-  BLOCK = 512,             /* slots of one softmax step: all of Whisper's 448, and 2 kB of stack */
-  PIECE = 256,             /* channels of one pass; a head of Whisper's has 64 */
-  TOGETHER = W > 8 ? W : 8 /* slots whose sums across lanes are formed at once */
+  BLOCK = 512,   /* slots of one softmax step: all of Whisper's 448, and 2 kB of stack */
+  PIECE = 256,   /* channels of one pass; a head of Whisper's has 64 */
+  TOGETHER = 16, /* keys whose sums across lanes are formed at once */
+  ABREAST = 4    /* values added up in registers before their sum goes back to memory */
 };
 
 INLINE int64_t least(const int64_t a, const int64_t b) { return a < b ? a : b; }
@@ -20,20 +21,26 @@ INLINE void clear(vf *const sums, const int64_t channels) {
   for (int64_t d = 0; d < channels; d += PAIR) sums[d / W] = sums[d / W + 1] = (vf){0};
 }
 
-/* sums += factor * x, over n <= PAIR channels. */
-INLINE void add_pair(const enum wkv_dtype dtype, vf *const sums, const float factor, const void *const x,
-                     const int64_t n) {
-  const struct pair p = load_some(dtype, x, n);
-  sums[0] = multiply_add(splat(factor), p.a, sums[0]);
-  sums[1] = multiply_add(splat(factor), p.b, sums[1]);
+/* sums += factors[i] * x[i] for i < count, over n <= PAIR channels; stride from one x to the next. */
+INLINE void add_pairs(const enum wkv_dtype dtype, vf *const sums, const float *const factors, const void *const x,
+                      const int count, const int64_t stride, const int64_t n) {
+  struct pair sum = {sums[0], sums[1]};
+  for (int i = 0; i < count; i++) {
+    const struct pair p = load_some(dtype, at(dtype, x, i * stride), n);
+    sum.a = multiply_add(splat(factors[i]), p.a, sum.a);
+    sum.b = multiply_add(splat(factors[i]), p.b, sum.b);
+  }
+  sums[0] = sum.a;
+  sums[1] = sum.b;
 }
 
-/* sums += factor * x, over all channels. */
-INLINE void add_multiple(const enum wkv_dtype dtype, vf *const sums, const float factor, const void *const x,
-                         const int64_t channels) {
+/* The same over all channels. */
+INLINE void add_multiples(const enum wkv_dtype dtype, vf *const sums, const float *const factors, const void *const x,
+                          const int count, const int64_t stride, const int64_t channels) {
   int64_t d = 0;
-  for (; d + PAIR <= channels; d += PAIR) add_pair(dtype, sums + d / W, factor, at(dtype, x, d), PAIR);
-  if (d < channels) add_pair(dtype, sums + d / W, factor, at(dtype, x, d), channels - d);
+  for (; d + PAIR <= channels; d += PAIR)
+    add_pairs(dtype, sums + d / W, factors, at(dtype, x, d), count, stride, PAIR);
+  if (d < channels) add_pairs(dtype, sums + d / W, factors, at(dtype, x, d), count, stride, channels - d);
 }
 
 /* sum + query . key over n <= PAIR channels, in W partial sums. */
@@ -57,9 +64,9 @@ INLINE void score_slots(const enum wkv_dtype dtype, float *const logits, const v
                         const void *const keys, const int64_t slots, const int64_t stride, const int64_t channels) {
   vf scaled[PIECE / W];
   clear(scaled, channels);
-  add_multiple(dtype, scaled, scale, query, channels);
+  add_multiples(dtype, scaled, &scale, query, 1, 0, channels);
   for (int64_t start = 0; start < slots; start += TOGETHER) {
-    const int64_t count = least(TOGETHER, slots - start); /* not a constant: unrolled, this loop outwits prefetchers */
+    const int64_t count = least(TOGETHER, slots - start); /* no constant, lest an unrolled loop outwit prefetchers */
     vf sums[TOGETHER];
     for (int64_t i = 0; i < count; i++)
       sums[i] = multiply_key(dtype, scaled, at(dtype, keys, (start + i) * stride), channels);
@@ -116,8 +123,12 @@ INLINE void attend(const enum wkv_dtype dtype, const struct wkv_attention *const
       sums[d / W] *= shrink;
       sums[d / W + 1] *= shrink;
     }
-    for (int64_t s = 0; s < slots; s++)
-      add_multiple(dtype, sums, block[s], at(dtype, values, (start + s) * head_dim), channels);
+    const void *const block_values = at(dtype, values, start * head_dim);
+    int64_t s = 0;
+    for (; s + ABREAST <= slots; s += ABREAST)
+      add_multiples(dtype, sums, block + s, at(dtype, block_values, s * head_dim), ABREAST, head_dim, channels);
+    for (; s < slots; s++)
+      add_multiples(dtype, sums, block + s, at(dtype, block_values, s * head_dim), 1, head_dim, channels);
     if (weights) {
       multiply(weights, start, shrink);
       memcpy(weights + start, block, (size_t)slots * sizeof(float));
