@@ -7,11 +7,10 @@ import warnings
 import zlib
 
 import torch
-from transformers.modeling_outputs import BaseModelOutput
-from transformers.utils import logging as transformers_logging
-
 from audio import RATE, normalized
 from models import language_of
+from transformers.modeling_outputs import BaseModelOutput
+from transformers.utils import logging as transformers_logging
 
 transformers_logging.set_verbosity_error()
 logging.getLogger("transformers").setLevel(logging.ERROR)

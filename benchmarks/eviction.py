@@ -6,15 +6,14 @@ for example                  "heavy_hitter 64+32", "heavy_hitter 32+16 0.9", "wi
 
 from dataclasses import dataclass
 
-from tqdm import tqdm
-
-import whisperkv
-from whisperkv import EvictionConfig
-
 import audio
 import decoding
 import models
 import tables
+from tqdm import tqdm
+
+import whisperkv
+from whisperkv import EvictionConfig
 
 DECAYS = (0.9, 0.95, 0.98, 0.99, 1.0)
 CONFIGS = [

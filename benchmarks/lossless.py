@@ -3,15 +3,14 @@
 bfloat16 is measured as well, where identity is not promised: both round every step, in another order.
 """
 
-import torch
-from tqdm import tqdm
-
-import whisperkv
-
 import audio
 import decoding
 import models
 import tables
+import torch
+from tqdm import tqdm
+
+import whisperkv
 
 FALLBACK = {
     "temperature": (0.0, 0.2, 0.4, 0.6, 0.8, 1.0),

@@ -17,6 +17,8 @@ import sys
 from statistics import median
 from time import perf_counter
 
+import models
+import tables
 import torch
 from tqdm import tqdm
 from transformers import DynamicCache, EncoderDecoderCache, WhisperConfig
@@ -27,9 +29,6 @@ import whisperkv
 from whisperkv import EvictionConfig
 from whisperkv.attention import SelfAttention
 from whisperkv.cache import SelfCacheLayer, SpareBuffer
-
-import models
-import tables
 
 HUGE = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
 LENGTHS, BATCHES, RUN = (32, 128, 440), (1, 8), 16  # tokens, rows; steps in a row that end 8 after the length

@@ -8,11 +8,10 @@ from pathlib import Path
 
 import torch
 import transformers
-
-import whisperkv.ops
-
 from audio import DATA
 from models import REAL
+
+import whisperkv.ops
 
 RESULTS = Path(__file__).parent / "results"
 

@@ -24,8 +24,8 @@ def tokens(rows, count, seed=0):
     return [torch.randn(rows, count, HEADS, DIM, generator=generator) for _ in range(3)]
 
 
-def attend(layer, query, key, value, a, b):
-    return layer.attend(*(x[:, a:b].contiguous() for x in (query, key, value)), 0.3)
+def attend(layer, query, key, value, a, b, want_weights=False):
+    return layer.attend(*(x[:, a:b].contiguous() for x in (query, key, value)), 0.3, want_weights)
 
 
 def feed(layer, query, key, value, start=0, stop=None):
@@ -212,7 +212,7 @@ def test_full_weights():
     padding = torch.tensor([0, 2])
     layer = SelfCacheLayer(EvictionConfig("window", recent=6, heavy=4, pin_prompt=False), padding=padding)
     feed(layer, query, key, value, 4, 29)
-    _, weights = attend(layer, query, key, value, 29, 30)
+    _, weights = attend(layer, query, key, value, 29, 30, want_weights=True)
     full = layer.full_weights(weights)
     assert full.shape == (2, HEADS, 1, 30)
     torch.testing.assert_close(full.sum(-1), torch.ones(2, HEADS, 1))
@@ -255,7 +255,9 @@ def test_a_policy_of_the_wrong_shape_is_named():
     def lopsided(scores, positions, keys, values):
         return scores[:, :3]
 
-    with pytest.raises(ValueError, match=r"lopsided must return a tensor of shape \(2, 12\) \(rows, slots\); got \(2, 3\)"):
+    with pytest.raises(
+        ValueError, match=r"lopsided must return a tensor of shape \(2, 12\) \(rows, slots\); got \(2, 3\)"
+    ):
         feed(SelfCacheLayer(EvictionConfig(lopsided, recent=6, heavy=6)), *tokens(2, 20), start=3)
 
 

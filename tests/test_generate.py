@@ -45,7 +45,12 @@ def long_audio(tiny_en, speech):
     pieces = [[samples, silence, samples[: 16000 * 15]], [samples[: 16000 * 8], silence, samples]]
     pieces = [np.concatenate(piece) for piece in pieces]
     return tiny_en[1](
-        pieces, sampling_rate=16000, return_tensors="pt", truncation=False, padding="longest", return_attention_mask=True
+        pieces,
+        sampling_rate=16000,
+        return_tensors="pt",
+        truncation=False,
+        padding="longest",
+        return_attention_mask=True,
     )
 
 
@@ -54,7 +59,11 @@ def plain(output):
     if isinstance(output, torch.Tensor):
         return output.tolist()
     if isinstance(output, dict):
-        return {key: plain(value) for key, value in output.items() if key in ("sequences", "segments", "tokens", "start", "end")}
+        return {
+            key: plain(value)
+            for key, value in output.items()
+            if key in ("sequences", "segments", "tokens", "start", "end")
+        }
     if isinstance(output, (list, tuple)):
         return [plain(value) for value in output]
     return output
@@ -181,7 +190,9 @@ def test_token_timestamps(tiny_en, batch):
     model.set_attn_implementation("sdpa")
 
 
-@pytest.mark.parametrize("options", [dict(return_timestamps="word"), dict(return_timestamps=True), dict(chunk_length_s=20)])
+@pytest.mark.parametrize(
+    "options", [dict(return_timestamps="word"), dict(return_timestamps=True), dict(chunk_length_s=20)]
+)
 def test_pipeline(tiny_en, speech, options):
     model, processor = tiny_en
     pipe = pipeline(
@@ -319,7 +330,9 @@ def test_the_decoder_alone(tiny_en, clip):
             past, ids = None, prompt
             with torch.no_grad():
                 for _ in range(12):
-                    output = causal(ids if past is None else ids[:, -1:], past_key_values=past, use_cache=True, **options)
+                    output = causal(
+                        ids if past is None else ids[:, -1:], past_key_values=past, use_cache=True, **options
+                    )
                     past = output.past_key_values
                     ids = torch.cat([ids, output.logits[:, -1:].argmax(-1)], 1)
             outputs.append(ids)

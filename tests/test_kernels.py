@@ -85,7 +85,9 @@ def test_rows_stand_at_different_places(rows, dtype):
     step = Step(rows, 1, 2, 48, 64, dtype)
     random = np.random.default_rng(rows)
     step.cursor[LIVE] = random.integers(0, 48, rows)
-    step.cursor[SLOT] = np.where(random.random(rows) < 0.5, random.integers(0, step.cursor[LIVE] + 1), step.cursor[LIVE])
+    step.cursor[SLOT] = np.where(
+        random.random(rows) < 0.5, random.integers(0, step.cursor[LIVE] + 1), step.cursor[LIVE]
+    )
     step.cursor[SEEN] = random.integers(-1, 500, rows)  # -1: padding, which enters no slot
     step.compare()
 

@@ -8,13 +8,13 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+import reference
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from reference import LIVE, PINNED, SEEN, SLOT
 from torch._subclasses import FakeTensorMode
 
-import reference
-from reference import LIVE, PINNED, SEEN, SLOT
 from whisperkv import ops
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

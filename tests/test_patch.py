@@ -171,6 +171,7 @@ def test_left_padded_prompts(small, audio, mask, static):
 def test_reference_ops_give_the_same_tokens(small, audio, monkeypatch):
     """The whole decode with eviction, on the slow and obvious ops."""
     import reference
+
     from whisperkv import ops
 
     cases = [
@@ -180,7 +181,9 @@ def test_reference_ops_give_the_same_tokens(small, audio, monkeypatch):
     ]
 
     def decode():
-        return [generate(patch(small, eviction), audio[:1], max_new_tokens=20, **options) for eviction, options in cases]
+        return [
+            generate(patch(small, eviction), audio[:1], max_new_tokens=20, **options) for eviction, options in cases
+        ]
 
     want = decode()
     monkeypatch.setattr(ops, "compact_attention", reference.compact_attention)
@@ -196,14 +199,18 @@ def test_stats_are_the_bytes_held(small, audio, eviction, beams):
     output = generate(small, audio, num_beams=beams, return_dict_in_generate=True)
     got = stats(small)
     layers = output.past_key_values.self_attention_cache.layers
-    tensors = [t for layer in layers for t in (layer.key_slots, layer.value_slots, layer.cursor, layer.positions, layer.scores)]
+    tensors = [
+        t for layer in layers for t in (layer.key_slots, layer.value_slots, layer.cursor, layer.positions, layer.scores)
+    ]
     assert got.self_bytes == sum(t.nbytes for t in tensors if t is not None)
     cross = output.past_key_values.cross_attention_cache.layers
     assert got.cross_bytes == sum(layer.keys.nbytes + layer.values.nbytes for layer in cross)
     assert (got.rows, got.tokens, got.frames, got.decodes) == (3 * beams, 40, 50, 1)
     unpatch(small)
     theirs = generate(small, audio, num_beams=beams, return_dict_in_generate=True).past_key_values
-    assert got.self_bytes_transformers == sum(l.keys.nbytes + l.values.nbytes for l in theirs.self_attention_cache.layers)
+    assert got.self_bytes_transformers == sum(
+        layer.keys.nbytes + layer.values.nbytes for layer in theirs.self_attention_cache.layers
+    )
     assert got.evicted == (3 * beams * (40 - 12) if eviction is EVICTION else 0)
     assert "MB" in str(got)
 

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 import torch
-
 import whisperkv._torch
 
 HERE = Path(__file__).parent

@@ -29,7 +29,11 @@ def brute_force(attention, config, keys, worth=None):
     prompt = tokens - steps
     pinned = prompt if config.pin_prompt else 0
     norm = {t: float((keys[t].astype(np.float64) ** 2).sum()) for t in range(tokens)}
-    ranks = {"heavy_hitter": lambda t, score: score, "magnitude": lambda t, score: -norm[t], "window": lambda t, score: t}
+    ranks = {
+        "heavy_hitter": lambda t, score: score,
+        "magnitude": lambda t, score: -norm[t],
+        "window": lambda t, score: t,
+    }
     worth = worth or ranks[config.policy]
     held, score, kept = [], {}, np.zeros((steps, tokens), bool)
     for token in range(tokens):
@@ -143,7 +147,9 @@ def test_a_head_that_looked_only_at_evicted_tokens():
     kept = simulate_eviction(attention, EvictionConfig("window", recent=4, heavy=0))
     assert kept[-1].tolist() == [False] * 16 + [True] * 4
     assert attention_kept(attention, kept).tolist() == [1.0] * 4 + [0.0] * 16
-    assert simulate_eviction(attention, EvictionConfig(recent=3, heavy=1))[:, 0].all()  # a heavy hitter, if there is one
+    assert simulate_eviction(attention, EvictionConfig(recent=3, heavy=1))[
+        :, 0
+    ].all()  # a heavy hitter, if there is one
 
 
 def test_torch_is_not_needed():
@@ -167,7 +173,9 @@ def test_lists_and_other_dtypes_will_do():
     config = EvictionConfig("magnitude", recent=2, heavy=3)
     want = simulate_eviction(attention, config, keys)
     np.testing.assert_array_equal(simulate_eviction(attention.tolist(), config, keys.tolist()), want)
-    np.testing.assert_array_equal(simulate_eviction(attention.astype(np.float64), config, keys.astype(np.float64)), want)
+    np.testing.assert_array_equal(
+        simulate_eviction(attention.astype(np.float64), config, keys.astype(np.float64)), want
+    )
 
 
 ATTENTION, KEYS = recorded(10, 14)
@@ -183,7 +191,10 @@ ATTENTION, KEYS = recorded(10, 14)
         ("attention must hold weights of 0 or more", (-ATTENTION,)),
         ("step 0 looks at token 5, but it is the step of token 4; the last step", (np.ones((10, 2, 14)),)),
         (r"keys must be given for the policy 'magnitude': an array \[14, 3, dim\]", (ATTENTION, "magnitude")),
-        (r"keys must have shape \[14, 3, dim\] to go with attention, not \[13, 3, 8\]", (ATTENTION, "magnitude", KEYS[1:])),
+        (
+            r"keys must have shape \[14, 3, dim\] to go with attention, not \[13, 3, 8\]",
+            (ATTENTION, "magnitude", KEYS[1:]),
+        ),
         ("keys must be finite", (ATTENTION, "magnitude", KEYS * np.inf)),
         ("must return 6 numbers, one a slot; got shape .3.", (ATTENTION, lambda *_: [1, 2, 3])),
     ],

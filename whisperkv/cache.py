@@ -12,6 +12,7 @@ from .compat import tokens_to_remove
 
 LIVE, SLOT, SEEN, PINNED = range(4)  # rows of the cursor, as in whisperkv.h
 _POLICY = {name: number for number, (name, *_) in enumerate(ops.POLICIES)}
+_READS_ATTENTION = {name for name, reads_attention, _ in ops.POLICIES if reads_attention}
 _FAR = torch.iinfo(torch.int32).max
 
 
@@ -62,6 +63,9 @@ class SelfCacheLayer(CacheLayerMixin):
     def __init__(self, eviction=None, limit=448, padding=None, spare=None, record=None):
         self.eviction, self.limit = eviction, limit
         self.budget = limit if eviction is None else min(eviction.budget, limit)
+        # The policy's name in C: a function of the user's is given the attention received so far.
+        self.policy = "heavy_hitter" if eviction is None or callable(eviction.policy) else eviction.policy
+        self.reads_attention = eviction is not None and self.policy in _READS_ATTENTION
         self.spare = spare or SpareBuffer()
         self.record = record  # of the whole cache; for stats()
         self.reset()
@@ -75,9 +79,15 @@ class SelfCacheLayer(CacheLayerMixin):
         tokens = query.shape[1]
         self._make_room(key.transpose(1, 2), tokens)
         output, weights = ops.compact_attention(
-            query, key, value, self.key_slots, self.value_slots, self.cursor, scale,
-            want_weights or self.eviction is not None,
-        )  # fmt: skip
+            query,
+            key,
+            value,
+            self.key_slots,
+            self.value_slots,
+            self.cursor,
+            scale,
+            want_weights or self.reads_attention,
+        )
         if self.eviction is None:
             self._advance(tokens)
         else:
@@ -259,15 +269,16 @@ class SelfCacheLayer(CacheLayerMixin):
         """Other buffers of so many slots, with the same tokens in them."""
         used = min(self.live, slots)
 
-        def resized(old):
-            new = old.new_empty(*old.shape[:2], slots, old.shape[3]) if old.dim() == 4 else old.new_zeros(len(old), slots)
-            new.narrow(2 if old.dim() == 4 else 1, 0, used).copy_(old.narrow(2 if old.dim() == 4 else 1, 0, used))
+        def resized(old, side):
+            shape = (*old.shape[:side], slots, *old.shape[side + 1 :])
+            new = old.new_zeros(shape)
+            new.narrow(side, 0, used).copy_(old.narrow(side, 0, used))
             return new
 
         if slots != self.slots:
-            self.key_slots, self.value_slots = resized(self.key_slots), resized(self.value_slots)
+            self.key_slots, self.value_slots = resized(self.key_slots, 2), resized(self.value_slots, 2)
             if self.eviction is not None:
-                self.positions, self.scores = resized(self.positions), resized(self.scores)
+                self.positions, self.scores = resized(self.positions, 1), resized(self.scores, 1)
 
     def _advance(self, tokens):
         """Without eviction every token takes the next slot."""
@@ -281,16 +292,16 @@ class SelfCacheLayer(CacheLayerMixin):
 
     def _evict(self, weights, tokens):
         eviction = self.eviction
-        own = callable(eviction.policy)  # a function is given the attention received so far
-        number = _POLICY["heavy_hitter" if own else eviction.policy]
         budget = self.budget if tokens == 1 else self.slots
+        if weights.dim() < 4:  # neither wanted nor read: of the right shape is enough
+            weights = weights.new_zeros(()).expand(*self.key_slots.shape[:2], tokens, self.slots)
         ops.score_evict(
             weights, self.key_slots, self.cursor, self.positions, self.scores,
-            number, budget, eviction.recent, eviction.decay,
+            _POLICY[self.policy], budget, eviction.recent, eviction.decay,
         )  # fmt: skip
         self.seen += tokens
         self.live = min(self.live + tokens, budget)
-        if own and tokens == 1 and self.live == budget:
+        if callable(eviction.policy) and tokens == 1 and self.live == budget:
             self._choose()
 
     def _ranking(self):

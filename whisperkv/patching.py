@@ -130,8 +130,7 @@ class CacheAdoption:
         own = cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
         spare = SpareBuffer()
         own.layers = [
-            SelfCacheLayer(self.eviction, config.max_target_positions, padding, spare, record)
-            for _ in decoder.layers
+            SelfCacheLayer(self.eviction, config.max_target_positions, padding, spare, record) for _ in decoder.layers
         ]
         own.layer_class_to_replicate = None
         return own.layers[0]
@@ -172,7 +171,9 @@ def _whisper(model):
         whisper = whisper.get_base_model()
     if not isinstance(whisper, _MODELS):
         known = ", ".join(kind.__name__ for kind in _MODELS)
-        raise TypeError(f"whisperkv patches {known}, or a pipeline or PEFT model around one; got {type(model).__name__}")
+        raise TypeError(
+            f"whisperkv patches {known}, or a pipeline or PEFT model around one; got {type(model).__name__}"
+        )
     return whisper
 
 

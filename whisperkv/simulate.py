@@ -127,5 +127,7 @@ def _checked_worth(worth, policy, slots):
     worth = np.asarray(worth, np.float32)
     if worth.size != slots:
         name = getattr(policy, "__name__", policy)
-        raise ValueError(f"config.policy: {name} must return {slots} numbers, one a slot; got shape {list(worth.shape)}")
+        raise ValueError(
+            f"config.policy: {name} must return {slots} numbers, one a slot; got shape {list(worth.shape)}"
+        )
     return worth.reshape(slots)
