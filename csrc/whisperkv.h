@@ -38,7 +38,8 @@ struct wkv_attention {
  * For each token in turn: note its position, let the policy score every live slot, and choose the slot of the next
  * token: the first free one while live < budget, else the live slot of the lowest score (ties: the oldest) that is
  * neither pinned nor among the recent - 1 newest; if every slot is protected, the oldest unpinned one, and if all
- * are pinned, the newest. NaN scores lose to any number. */
+ * are pinned, the newest. NaN scores lose to any number. Tokens that came together were appended, so more than one
+ * must fit the budget: live + tokens <= budget. */
 struct wkv_eviction {
   int64_t rows, tokens, heads, slots, head_dim;
   enum wkv_dtype dtype;       /* of keys */

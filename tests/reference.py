@@ -43,7 +43,8 @@ def compact_attention(query, key, value, keys, values, cursor, scale, want_weigh
 
 
 def score_evict(weights, keys, cursor, positions, scores, policy, budget, recent, decay):
-    """weights: [rows, heads, tokens, slots]; cursor [4, rows], positions and scores [rows, slots], written in place."""
+    """weights: [rows, heads, tokens, slots]; cursor [4, rows], positions and scores [rows, slots], written in place.
+    More than one token must fit the budget, as compact_attention has appended them all."""
     rows, heads, tokens, slots = weights.shape
     for row in range(rows):
         live, slot, seen, pinned = (int(x) for x in cursor[:, row])

@@ -66,7 +66,7 @@ INLINE void score_slots(const enum wkv_dtype dtype, float *const logits, const v
   clear(scaled, channels);
   add_multiples(dtype, scaled, &scale, query, 1, 0, channels);
   for (int64_t start = 0; start < slots; start += TOGETHER) {
-    const int64_t count = least(TOGETHER, slots - start); /* no constant, lest an unrolled loop outwit prefetchers */
+    const int64_t count = least(TOGETHER, slots - start);
     vf sums[TOGETHER];
     for (int64_t i = 0; i < count; i++)
       sums[i] = multiply_key(dtype, scaled, at(dtype, keys, (start + i) * stride), channels);
