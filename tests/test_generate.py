@@ -175,7 +175,7 @@ def test_long_form(tiny_en, long_audio, condition):
         long_audio.input_features, attention_mask=long_audio.attention_mask,
         return_timestamps=True, condition_on_prev_tokens=condition,
     )  # fmt: skip
-    assert stats(model).decodes > 2
+    assert stats(model).decodes >= 2
     unpatch(model)
 
 

@@ -26,7 +26,7 @@ class EvictionConfig:
     policy: str | Callable = "heavy_hitter"
     recent: int = 64
     heavy: int = 32
-    decay: float = 0.98
+    decay: float = 0.95
     pin_prompt: bool = True
 
     def __post_init__(self):
