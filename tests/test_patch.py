@@ -299,3 +299,10 @@ def test_missing_pieces_are_named():
     with pytest.raises(AttributeError, match="no attribute 'pach'"):
         whisperkv.pach
     assert set(whisperkv.__all__) <= set(dir(whisperkv))
+
+
+@pytest.mark.parametrize("eviction", [None, EVICTION])
+def test_torch_compile(small, audio, eviction):
+    want = generate(patch(small, eviction), audio)
+    small.forward = torch.compile(small.forward, backend="eager")  # what matters here is that it can be traced
+    assert torch.equal(generate(small, audio), want)
