@@ -102,20 +102,23 @@ def forced(model, features, prompts, transcripts):
             use_cache=True,
         )
         cache, done = output.past_key_values, column
-        yield output.logits[:, -1].float(), tokens[:, column], column < lengths
+        yield output.logits[:, -1], tokens[:, column], column < lengths
 
 
 def negative_log_likelihood(model, features, prompts, transcripts):
     """(sum, tokens) of the transcripts, in nats."""
     total, count = 0.0, 0
     for logits, tokens, alive in forced(model, features, prompts, transcripts):
-        losses = torch.nn.functional.cross_entropy(logits, tokens, reduction="none")
+        losses = torch.nn.functional.cross_entropy(logits.float(), tokens, reduction="none")
         total += float(losses[alive].sum(dtype=torch.float64))
         count += int(alive.sum())
     return total, count
 
 
-LOOP = "its text compresses more than 2.4 times (zlib, Whisper's own threshold), or four or more words stand three times in a row"
+LOOP = (
+    "its text compresses more than 2.4 times (zlib, Whisper's own threshold), "
+    "or four or more words stand three times in a row"
+)
 
 
 def loops(text):

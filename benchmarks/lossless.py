@@ -45,13 +45,17 @@ COLUMNS = {
     "wer_transformers": ("WER % transformers", ".2f"),
     "wer": ("WER % whisperkv", ".2f"),
 }
+LARGEST = ("largest", "largest_eager", "error_transformers", "error")
 LOGIT_COLUMNS = {
     "model": ("model", ""),
     "dtype": ("dtype", ""),
     "steps": ("tokens forced", "d"),
     "largest": ("largest difference of a logit", ".2g"),
-    "error_transformers": ("mean error against float32: transformers", ".4f"),
-    "error": ("whisperkv", ".4f"),
+    "largest_eager": ("transformers: sdpa against eager", ".2g"),
+    "error_transformers": ("largest error against wider arithmetic: transformers", ".2g"),
+    "error": ("whisperkv", ".2g"),
+    "mean_transformers": ("mean error: transformers", ".3g"),
+    "mean": ("whisperkv", ".3g"),
     "same_choice": ("same best token, %", ".3f"),
 }
 
@@ -100,45 +104,50 @@ def compared(model, processor, speeches, dtype, mode):
     }
 
 
-def logits(model, processor, speeches, dtype, exact=None):
+def logits(model, exact, processor, speeches, dtype):
     """One row of the second table: the greedy transcript of transformers, forced through both caches.
 
-    exact  the same weights in float32, to tell whose rounding is the worse
+    exact  the same weights in wider arithmetic, to tell whose rounding is the worse
     """
-    row = {"steps": 0, "largest": 0.0, "same_choice": 0, "error_transformers": 0.0, "error": 0.0}
+    row = dict.fromkeys(("steps", *LARGEST, "mean_transformers", "mean", "same_choice"), 0)
     start = decoding.start_tokens(model, processor)
     for group in decoding.batches(speeches, 6):
         features = decoding.features_of(processor, group, dtype)
-        whisperkv.unpatch(model)
         transcripts = [decoding.transcript_tokens(model, tokens) for tokens in decoding.generate(model, features)]
         given = (features, [start] * len(group), transcripts)
+        right = list(decoding.forced(exact, *given))
         theirs = list(decoding.forced(model, *given))
-        truth = [step for step, _, _ in decoding.forced(exact, *given)] if exact else [None] * len(theirs)
+        model.set_attn_implementation("eager")
+        eager = list(decoding.forced(model, *given))
+        model.set_attn_implementation("sdpa")
         whisperkv.patch(model)
-        for (their_logits, _, alive), (our_logits, _, _), right in zip(theirs, decoding.forced(model, *given), truth):
-            a, b = their_logits[alive], our_logits[alive]
+        ours = list(decoding.forced(model, *given))
+        whisperkv.unpatch(model)
+        for step in zip(right, theirs, eager, ours):
+            alive = step[0][2]
+            truth, a, e, b = (logits[alive].to(right[0][0].dtype) for logits, _, _ in step)
             row["steps"] += len(a)
-            row["largest"] = max(row["largest"], float((a - b).abs().max()))
             row["same_choice"] += int((a.argmax(-1) == b.argmax(-1)).sum())
-            if exact:
-                row["error_transformers"] += float((a - right[alive]).abs().mean(-1).sum())
-                row["error"] += float((b - right[alive]).abs().mean(-1).sum())
-    whisperkv.unpatch(model)
-    for key in ("error_transformers", "error"):
-        row[key] = row[key] / row["steps"] if exact else None
-    row["same_choice"] *= 100 / row["steps"]
+            for key, x, y in zip(LARGEST, (a, a, a, b), (b, e, truth, truth)):
+                row[key] = max(row[key], float((x - y).abs().max()))
+            row["mean_transformers"] += float((a - truth).abs().mean(-1).sum())
+            row["mean"] += float((b - truth).abs().mean(-1).sum())
+    for key in ("mean_transformers", "mean"):
+        row[key] /= row["steps"]
+    row["same_choice"] /= row["steps"] / 100
     return row
 
 
-def same_weights_in_float32(model, name, base):
-    """A float32 model of the rounded weights, that is given the rounded model's encoder states."""
-    exact, _ = models.load(name, base)
-    exact.load_state_dict({key: value.float() for key, value in model.state_dict().items()})
+def widened(model, name, base):
+    """The same weights in float64, or those of bfloat16 in float32, behind the same encoder states."""
+    dtype = torch.float64 if model.dtype == torch.float32 else torch.float32
+    exact = models.load(name, base)[0].to(dtype)
+    exact.load_state_dict({key: value.to(dtype) for key, value in model.state_dict().items()})
     encoder = model.get_encoder()
 
     def states(features, *args, **kwargs):
         output = encoder(features)
-        output.last_hidden_state = output.last_hidden_state.float()
+        output.last_hidden_state = output.last_hidden_state.to(dtype)
         return output
 
     exact.get_encoder().forward = states
@@ -158,8 +167,8 @@ def main(args):
             decoding.remember_encoder(model)
             label = {"model": name, "dtype": str(dtype).removeprefix("torch.")}
             progress.set_description(f"{name} {label['dtype']}: logits")
-            exact = None if dtype == torch.float32 else same_weights_in_float32(model, name, args.base)
-            logit_table.add(**label, **logits(model, processor, speeches, dtype, exact))
+            exact = widened(model, name, args.base)
+            logit_table.add(**label, **logits(model, exact, processor, speeches, dtype))
             progress.update()
             for mode in modes:
                 progress.set_description(f"{name} {label['dtype']}: {mode}")
@@ -168,14 +177,15 @@ def main(args):
                 progress.update()
     progress.close()
     print(
-        f"\n{len(speeches)} windows, {len(recordings)} recordings. Equal: every token, and every time that was asked for.\n"
+        f"\n{len(speeches)} windows, {len(recordings)} recordings. "
+        "Equal: every token, and every time that was asked for.\n"
     )
     print(f"lossless\n\n{table}\n\nlossless-logits\n\n{logit_table}\n")
 
 
 def arguments():
     parser = tables.arguments(__doc__)
-    parser.add_argument("--modes", nargs="+", default=list(MODES), choices=MODES, metavar="MODE", help="of %(choices)s")
+    parser.add_argument("--modes", nargs="*", default=list(MODES), choices=MODES, metavar="MODE", help="of %(choices)s")
     return parser
 
 
