@@ -99,7 +99,7 @@ def cool():
 def steps(args, names):
     """One token through the whole decoder and the output head."""
     for name in names:
-        model = models.random_model(name) if name in models.SHAPES else models.load(name, args.base)[0]
+        model = models.load(name, args.base)[0] if name in models.REAL else models.random_model(name)
         twin = copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})  # the same weights
         whisperkv.patch(model)
         for rows in BATCHES:
@@ -110,7 +110,7 @@ def steps(args, names):
                     turns = Turns(Decode(twin, states, tokens + 8 - RUN), Decode(model, states, tokens + 8 - RUN))
                     for _ in range(RUN):
                         turns.take(times)
-                label = f"{name}, random weights" if name in models.SHAPES else name
+                label = name if name in models.REAL else f"{name}, random weights"
                 yield {"model": label, "rows": rows, "tokens": tokens, **medians(times)}
 
 
