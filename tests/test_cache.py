@@ -96,6 +96,8 @@ def test_left_padding_takes_no_slot():
     more = SelfCacheLayer(padding=padding)
     more.update(key[:, :12].transpose(1, 2), value[:, :12].transpose(1, 2))
     assert torch.equal(more.keys, keys[:, :, :12])
+    more.key_slots[1:, :, 8:] = torch.nan  # what free slots hold must not show
+    assert torch.equal(more.keys, keys[:, :, :12])
 
 
 @pytest.mark.parametrize("policy", POLICIES)

@@ -22,6 +22,11 @@ def slots_for(tokens, eviction, limit):
     return max(min(slots, limit), tokens)
 
 
+def _gathered(slots, order):
+    """Slots [rows, heads, slots, head_dim] in the order [rows, kept]."""
+    return slots.gather(2, order[:, None, :, None].expand(-1, slots.shape[1], -1, slots.shape[3]))
+
+
 class SpareBuffer:
     """The buffer that the last reordering read from, which the next one writes to: one serves all layers."""
 
@@ -337,8 +342,7 @@ class SelfCacheLayer(CacheLayerMixin):
 
     def _keep(self, order, live):
         """Slots become those listed in order [rows, kept], of which the first `live` [rows] are in use."""
-        index = order[:, None, :, None].expand(-1, self.key_slots.shape[1], -1, self.key_slots.shape[3])
-        self.key_slots, self.value_slots = self.key_slots.gather(2, index), self.value_slots.gather(2, index)
+        self.key_slots, self.value_slots = _gathered(self.key_slots, order), _gathered(self.value_slots, order)
         self.positions, self.scores = self.positions.gather(1, order), self.scores.gather(1, order)
         self.cursor[LIVE] = live
         self.live = int(live.max())
@@ -370,8 +374,7 @@ class SelfCacheLayer(CacheLayerMixin):
         order = self._positions().masked_fill(~alive, -1).argsort(dim=-1, stable=True)  # dead slots first
         order = torch.nn.functional.pad(order, (max(width - order.shape[1], 0), 0))[:, -width:]
         used = torch.arange(width, device=self.device) >= width - self.cursor[LIVE, :, None]
-        index = order[:, None, :, None].expand(-1, slots.shape[1], -1, slots.shape[3])
-        return slots.gather(2, index) * used[:, None, :, None]
+        return _gathered(slots, order).masked_fill(~used[:, None, :, None], 0)
 
     def _update_padded(self, key_states, value_states):
         for row in range(self.batch_size):
