@@ -12,10 +12,13 @@ CFLAGS = "-std=c11 -O3 -g0 -Wall -Wextra -fexceptions -fvisibility=hidden -fno-m
 CFLAGS += os.environ.get("WHISPERKV_CFLAGS", "").split()
 LDFLAGS = os.environ.get("WHISPERKV_LDFLAGS", "").split()
 
-ISAS = {"portable": []}  # the flags of each instruction set that csrc/cpu/kernels.c is compiled for
+ISAS = {"portable": []}  # the flags of each instruction set that the kernels are compiled for
 if platform.machine() in ("x86_64", "AMD64"):
     ISAS["avx2"] = "-mavx2 -mfma -mf16c".split()
     ISAS["avx512"] = "-mavx512f -mavx512bw -mavx512vl -mavx512dq".split() + ISAS["avx2"]
+    ISAS["avx512_vnni"] = ["-mavx512vnni", *ISAS["avx512"]]
+
+KERNELS = [f"csrc/cpu/{name}.c" for name in ("self", "cross", "pack")]
 
 HEADERS = glob("csrc/**/*.h", recursive=True)
 
@@ -23,7 +26,7 @@ HEADERS = glob("csrc/**/*.h", recursive=True)
 def extension(name, *sources, **options):
     return Extension(
         f"whisperkv.{name}",
-        ["csrc/cpu/dispatch.c", *sources],
+        ["csrc/cpu/dispatch.c", "csrc/cpu/plan.c", *sources],
         depends=HEADERS,
         define_macros=[("Py_LIMITED_API", "0x030A0000"), *((f"WKV_HAVE_{isa.upper()}", None) for isa in ISAS)],
         extra_compile_args=CFLAGS,
@@ -39,7 +42,7 @@ class BuildExt(build_ext):
         kernels = []
         for isa, flags in ISAS.items():
             kernels += self.compiler.compile(
-                ["csrc/cpu/kernels.c"],
+                KERNELS,
                 output_dir=os.path.join(self.build_temp, isa),
                 macros=[("WKV_ISA", isa)],
                 extra_postargs=CFLAGS + flags,
@@ -52,7 +55,7 @@ class BuildExt(build_ext):
 
 setup(
     ext_modules=[
-        extension("_torch", "csrc/bind/torch.c", "csrc/bind/torch_ops.c", "csrc/bind/torch_shim.c"),
+        extension("_torch", *sorted(glob("csrc/bind/torch*.c"))),
         extension("_numpy", "csrc/bind/numpy.c", include_dirs=[numpy.get_include()]),
     ],
     cmdclass={"build_ext": BuildExt},

@@ -53,6 +53,70 @@ struct wkv_eviction {
   float decay;
 };
 
+/* ---- cross-attention: one cache for each audio, however many rows decode it ---- */
+
+enum {
+  WKV_TILE = 16,      /* frames that stand side by side in a packed cache */
+  WKV_CHANNELS = 32,  /* packed channels are padded to a multiple of this */
+  WKV_BLOCK = 256,    /* frames that are worked on at a time; a group divides it or is a multiple of it */
+  WKV_TOGETHER = 32,  /* queries of one audio and head that one work item takes */
+  WKV_ITEMS_WANTED = 32, /* enough to keep many threads busy: fewer are split over the frames */
+};
+
+/* Frames become codes of 8 or 4 bits: number = least + step * code, for each channel in groups of frames.
+ *
+ * The codes of 16 frames and 4 channels fill 64 bytes, frame by frame: [tiles, channels / 4, 16, 4]. Of 4 bits, such
+ * a piece holds 8 channels, the first 4 in the low halves: [tiles, channels / 8, 16, 4]. An infinity or NaN spoils its
+ * own channel and group, nothing else. Frames from lengths[audio] on are not read, and their codes are 0. */
+struct wkv_packing {
+  int64_t audios, heads, frames, head_dim;
+  enum wkv_dtype dtype;   /* of states */
+  int bits;               /* 8 or 4 */
+  int64_t group;          /* frames that share a step */
+  const void *states;     /* [audios, frames, heads, head_dim] */
+  const int32_t *lengths; /* [audios] */
+  uint8_t *codes;         /* [audios, heads, tiles, 2 * bits, channels] bytes; channels: head_dim, padded */
+  float *scales;          /* [audios, heads, groups, 2, channels]: step, least */
+};
+
+/* Consecutive rows of one audio are worked on together: at most WKV_TOGETHER of their queries. */
+struct wkv_together {
+  int64_t audio, first, queries; /* queries are numbered row * tokens + token */
+};
+
+/* Every token of every row attends over all frames of its audio. Keys and values may be the same memory. */
+struct wkv_cross_attention {
+  int64_t rows, tokens, heads, head_dim, audios, frames;
+  enum wkv_dtype dtype;         /* of query, output, and of a cache that is not packed */
+  int bits;                     /* 8 or 4 of a packed cache, else 0 */
+  int64_t group;                /* of a packed cache */
+  const void *query;            /* [rows, tokens, heads, head_dim] */
+  const void *keys, *values;    /* [audios, heads, frames, head_dim], or codes */
+  const float *key_scales, *value_scales; /* of a packed cache */
+  const int32_t *owner;         /* [rows]: the audio of each row */
+  const int32_t *lengths;       /* [audios]: frames in use, 1 or more */
+  void *output;                 /* [rows, tokens, heads, head_dim] */
+  float *weights;               /* [rows, heads, tokens, frames], 0 from lengths on; NULL if not wanted */
+  float scale;                  /* of the query */
+
+  /* Made by wkv_cross_plan, but for the memory. It depends on the sizes and owners alone, so that the bits do not
+   * depend on the number of threads. */
+  int64_t parts, splits;        /* an item is one part and head over one of `splits` ranges of frames */
+  struct wkv_together *part;    /* [rows * tokens] at most */
+  float *sums;                  /* [splits, rows * tokens, heads, channels] */
+  float *totals;                /* [splits, rows * tokens, heads, 2]: largest logit, sum of exponentials */
+};
+
+/* Fills parts, splits and part. */
+void wkv_cross_plan(struct wkv_cross_attention *);
+
+/* Bytes that one thread needs beside. */
+size_t wkv_cross_scratch(const struct wkv_cross_attention *);
+
+/* NULL if every row has an audio and every audio a frame, else what is wrong, written to error. CPU pointers only. */
+const char *wkv_check_owners(const int32_t *owner, int64_t rows, const int32_t *lengths, int64_t audios, int64_t frames,
+                             char *error, size_t error_size);
+
 /* One instruction set's kernels. Work items are independent and each is done by one thread in a fixed order, so the
  * bits do not depend on how the items are shared out. */
 struct wkv_cpu_kernels {
@@ -61,9 +125,15 @@ struct wkv_cpu_kernels {
   void (*compact_attention)(const struct wkv_attention *, int64_t begin, int64_t end);
   /* items [begin, end) of rows */
   void (*score_evict)(const struct wkv_eviction *, int64_t begin, int64_t end);
+  /* items [begin, end) of audios * heads * groups */
+  void (*pack)(const struct wkv_packing *, int64_t begin, int64_t end);
+  /* items [begin, end) of parts * heads * splits */
+  void (*cross_attention)(const struct wkv_cross_attention *, void *scratch, int64_t begin, int64_t end);
+  /* when those are done, items [begin, end) of rows * tokens * heads */
+  void (*cross_finish)(const struct wkv_cross_attention *, int64_t begin, int64_t end);
 };
 
-/* The kernels for this machine, or for the instruction set named ("portable", "avx2", "avx512"); NULL with a
+/* The kernels for this machine, or for the instruction set named ("portable", "avx2", "avx512", "avx512_vnni"); NULL with a
  * reason written to error if that one is unknown or not supported here. isa NULL or "" means the best. */
 const struct wkv_cpu_kernels *wkv_cpu_select(const char *isa, char *error, size_t error_size);
 

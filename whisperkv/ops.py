@@ -24,12 +24,22 @@ def _refuse_transform(*args):
 # torch's own autograd step for ops without gradients only warns, in backward. Here calls fall through it, so that the
 # C code itself sees which inputs require grad and refuses them; where gradients are off that costs nothing.
 _library = torch.library.Library("whisperkv", "IMPL")
-for _name in ("compact_attention", "score_evict"):
+for _name in ("compact_attention", "score_evict", "pack_frames", "cross_attention"):
     _library.impl(_name, torch.library.fallthrough_kernel, "Autograd")
     _library.impl(_name, _refuse_transform, "FuncTorchDynamicLayerFrontMode")
 
 compact_attention = torch.ops.whisperkv.compact_attention.default
 score_evict = torch.ops.whisperkv.score_evict.default
+pack_frames = torch.ops.whisperkv.pack_frames.default
+cross_attention = torch.ops.whisperkv.cross_attention.default
+
+TILE, CHANNELS = 16, 32  # of a packed cache, as in whisperkv.h
+GROUPS = "16, 32, 64, 128 or a multiple of 256"
+
+
+def is_group(frames):
+    """Whether so many frames of a packed cache may share a scale."""
+    return frames > 0 and frames % TILE == 0 and (frames % 256 == 0 or 256 % frames == 0)
 
 
 # What torch.compile and torch.export see. The dtype of a cache may be any, but is the same for all of None.
@@ -47,6 +57,21 @@ _EVICTION = {
     "cursor": (torch.int32, "cursors rows"),
     "positions": (torch.int32, "rows slots"),
     "scores": (torch.float32, "rows slots"),
+}
+_PACKING = {"states": (None, "audios frames heads dim"), "lengths": (torch.int32, "audios")}
+_CROSS = {
+    "query": (None, "rows tokens heads dim"),
+    "keys": (None, "audios heads frames dim"),
+    "values": (None, "audios heads frames dim"),
+    "owner": (torch.int32, "rows"),
+    "lengths": (torch.int32, "audios"),
+}
+_CROSS_PACKED = {
+    **_CROSS,
+    "keys": (torch.uint8, "audios heads tiles strip channels"),
+    "values": (torch.uint8, "audios heads tiles strip channels"),
+    "key_scales": (torch.float32, "audios heads groups two channels"),
+    "value_scales": (torch.float32, "audios heads groups two channels"),
 }
 
 
@@ -79,3 +104,24 @@ def _(query, key, value, keys, values, cursor, scale, want_weights):
 @torch.library.register_fake(score_evict)
 def _(weights, keys, cursor, positions, scores, policy, budget, recent, decay):
     _sizes(score_evict, _EVICTION, weights, keys, cursor, positions, scores)
+
+
+@torch.library.register_fake(pack_frames)
+def _(states, lengths, bits, group):
+    sizes = _sizes(pack_frames, _PACKING, states, lengths)
+    audios, frames, heads = (sizes[side] for side in ("audios", "frames", "heads"))
+    channels = -(-sizes["dim"] // CHANNELS) * CHANNELS
+    codes = states.new_empty([audios, heads, -(-frames // TILE), 2 * bits, channels], dtype=torch.uint8)
+    return codes, states.new_empty([audios, heads, -(-frames // group), 2, channels], dtype=torch.float32)
+
+
+@torch.library.register_fake(cross_attention)
+def _(query, keys, values, key_scales, value_scales, owner, lengths, frames, group, scale, want_weights):
+    if keys.dtype == torch.uint8:
+        given = (query, keys, values, owner, lengths, key_scales, value_scales)
+        sizes = _sizes(cross_attention, _CROSS_PACKED, *given)
+    else:
+        sizes = _sizes(cross_attention, _CROSS, query, keys, values, owner, lengths)
+        frames = sizes["frames"]
+    weights = [sizes["rows"], sizes["heads"], sizes["tokens"], frames] if want_weights else [0]
+    return query.new_empty(query.shape), query.new_empty(weights, dtype=torch.float32)

@@ -1,7 +1,18 @@
 /* The torch ops of namespace whisperkv. */
 #ifndef WHISPERKV_TORCH_OPS_H
 #define WHISPERKV_TORCH_OPS_H
-#include "../whisperkv.h"
+#include "torch_call.h"
+
+struct torch_op {
+  const char *name, *schema;
+  bool (*run)(struct call *, const StableIValue *numbers); /* numbers: what follows the tensors on the stack */
+  int tensors, results;
+};
+
+/* O(name): torch_self.c and torch_cross.c define name##_op. */
+#define TORCH_OPS(O) O(compact_attention) O(score_evict) O(pack_frames) O(cross_attention)
+
+extern const struct wkv_cpu_kernels *torch_kernels;
 
 /* Registers them for the life of the process; torch_shim_load comes first. NULL, or the step that failed. */
 const char *torch_ops_register(const struct wkv_cpu_kernels *kernels);

@@ -1,11 +1,14 @@
-/* Which kernels run on this machine, and whether a cursor may be trusted. All CPU detection is here. */
+/* Which kernels run on this machine. All CPU detection is here. */
 #include <stdbool.h>
 #include <stdio.h>
 #include <string.h>
 
-#include "../whisperkv.h"
+#include "isa.h"
 
-extern const struct wkv_cpu_kernels wkv_cpu_portable, wkv_cpu_avx2, wkv_cpu_avx512;
+WKV_DECLARE_KERNELS(portable)
+WKV_DECLARE_KERNELS(avx2)
+WKV_DECLARE_KERNELS(avx512)
+WKV_DECLARE_KERNELS(avx512_vnni)
 
 static bool runs_portable(void) { return true; }
 
@@ -21,18 +24,31 @@ static bool runs_avx512(void) {
 }
 #endif
 
-/* Best first. */
-static const struct {
-  const struct wkv_cpu_kernels *kernels;
+#ifdef WKV_HAVE_AVX512_VNNI
+static bool runs_avx512_vnni(void) { return runs_avx512() && __builtin_cpu_supports("avx512vnni"); }
+#endif
+
+struct variant {
+  struct wkv_cpu_kernels kernels;
   bool (*runs)(void);
-} variants[] = {
+};
+
+#define VARIANT(isa) \
+  {{#isa, wkv_compact_attention_##isa, wkv_score_evict_##isa, wkv_pack_##isa, wkv_cross_attention_##isa, \
+    wkv_cross_finish_##isa}, runs_##isa}
+
+/* Best first. */
+static const struct variant variants[] = {
+#ifdef WKV_HAVE_AVX512_VNNI
+    VARIANT(avx512_vnni),
+#endif
 #ifdef WKV_HAVE_AVX512
-    {&wkv_cpu_avx512, runs_avx512},
+    VARIANT(avx512),
 #endif
 #ifdef WKV_HAVE_AVX2
-    {&wkv_cpu_avx2, runs_avx2},
+    VARIANT(avx2),
 #endif
-    {&wkv_cpu_portable, runs_portable},
+    VARIANT(portable),
 };
 
 enum { VARIANTS = sizeof variants / sizeof variants[0] };
@@ -41,31 +57,11 @@ const struct wkv_cpu_kernels *wkv_cpu_select(const char *const isa, char *const 
   const bool any = !isa || !*isa;
   char usable[64] = "";
   for (int i = 0; i < VARIANTS; i++) {
-    const struct wkv_cpu_kernels *const kernels = variants[i].kernels;
+    const struct wkv_cpu_kernels *const kernels = &variants[i].kernels;
     if (!variants[i].runs()) continue;
     if (any || !strcmp(isa, kernels->isa)) return kernels;
     strcat(strcat(usable, *usable ? ", " : ""), kernels->isa);
   }
   snprintf(error, error_size, "\"%.40s\" is not an instruction set that runs here; these do: %s", isa, usable);
-  return NULL;
-}
-
-const char *wkv_check_cursor(const int32_t *const cursor, const int64_t rows, const int64_t tokens,
-                             const int64_t slots, char *const error, const size_t error_size) {
-  for (int64_t row = 0; row < rows; row++) {
-    const long long live = cursor[WKV_LIVE * rows + row], slot = cursor[WKV_SLOT * rows + row];
-    const long long seen = cursor[WKV_SEEN * rows + row];
-    const long long padding = seen < 0 ? -seen : 0;
-    const long long written = tokens > padding ? tokens - padding : 0;
-    const char *const wrong = live < 0 || live > slots           ? "live must be in 0..slots"
-                              : slot < 0 || slot > live          ? "slot must be in 0..live"
-                              : tokens > 1 && slot != live       ? "slot must be live for more than one token"
-                              : written && slot + written > slots ? "the new tokens do not fit"
-                                                                 : NULL;
-    if (!wrong) continue;
-    snprintf(error, error_size, "cursor of row %lld: %s (live %lld, slot %lld, seen %lld, tokens %lld, slots %lld)",
-             (long long)row, wrong, live, slot, seen, (long long)tokens, (long long)slots);
-    return error;
-  }
   return NULL;
 }

@@ -28,10 +28,17 @@ typedef float vf __attribute__((vector_size(4 * W)));
 typedef int32_t vi __attribute__((vector_size(4 * W)));
 typedef uint32_t vu __attribute__((vector_size(4 * W)));
 typedef uint16_t vh __attribute__((vector_size(2 * W))); /* W float16 */
+typedef uint8_t vb __attribute__((vector_size(W)));
+typedef uint8_t vq __attribute__((vector_size(4 * W))); /* 4 bytes a lane */
+
+INLINE int64_t least(const int64_t a, const int64_t b) { return a < b ? a : b; }
+INLINE int64_t round_up(const int64_t n, const int64_t unit) { return (n + unit - 1) / unit * unit; }
 
 INLINE vf splat(const float x) { return x - (vf){0}; }
 INLINE vu choose(const vi mask, const vu yes, const vu no) { return ((vu)mask & yes) | (~(vu)mask & no); }
 INLINE vf larger(const vf a, const vf b) { return (vf)choose(a > b, (vu)a, (vu)b); } /* b if a is NaN */
+
+INLINE vf smaller(const vf a, const vf b) { return (vf)choose(a < b, (vu)a, (vu)b); } /* b if a is NaN */
 
 /* a * b + c. Spelled out, because -std=c11 forbids the compiler to contract. */
 INLINE vf multiply_add(const vf a, const vf b, const vf c) {
@@ -160,6 +167,56 @@ INLINE void store_some(const enum wkv_dtype dtype, void *const p, const struct p
   memcpy(p, padded, (size_t)(n * size_of(dtype)));
 }
 
+/* The first n <= W numbers at p in their own order, then zeros. */
+INLINE vf load_in_order(const enum wkv_dtype dtype, const void *const p, const int64_t n) {
+  vh half = {0};
+  vf full = {0};
+  memcpy(dtype == WKV_FLOAT32 ? (void *)&full : (void *)&half, p,
+         n == W ? W * (size_t)size_of(dtype) : (size_t)(n * size_of(dtype)));
+  switch (dtype) {
+    case WKV_BFLOAT16: return (vf)(__builtin_convertvector(half, vu) << 16);
+    case WKV_FLOAT16: return from_float16(half);
+    default: return full;
+  }
+}
+
+INLINE void store_in_order(const enum wkv_dtype dtype, void *const p, const vf x, const int64_t n) {
+  const vh half = dtype == WKV_BFLOAT16 ? __builtin_convertvector(to_bfloat16(x) >> 16, vh) : to_float16(x);
+  memcpy(p, dtype == WKV_FLOAT32 ? (const void *)&x : (const void *)&half,
+         n == W ? W * (size_t)size_of(dtype) : (size_t)(n * size_of(dtype)));
+}
+
+/* ---- bytes ---- */
+
+/* Each 32 bit lane: the products of its two 16 bit numbers, added up. */
+INLINE vi multiply_16(const vi a, const vi b) {
+#if defined(__AVX512BW__)
+  return (vi)_mm512_madd_epi16((__m512i)a, (__m512i)b);
+#elif defined(__AVX2__)
+  return (vi)_mm256_madd_epi16((__m256i)a, (__m256i)b);
+#elif defined(__x86_64__)
+  return (vi)_mm_madd_epi16((__m128i)a, (__m128i)b);
+#elif defined(__aarch64__)
+  const int16x8_t x = (int16x8_t)a, y = (int16x8_t)b;
+  return (vi)vpaddq_s32(vmull_s16(vget_low_s16(x), vget_low_s16(y)), vmull_high_s16(x, y));
+#else
+  return ((a << 16) >> 16) * ((b << 16) >> 16) + (a >> 16) * (b >> 16);
+#endif
+}
+
+/* Each 32 bit lane: sum + the products of its four bytes, those of a unsigned, those of b signed, added up. Exact, so
+ * that all instruction sets agree. */
+INLINE vi multiply_bytes(const vi a, const vi b, const vi sum) {
+#if defined(__AVX512VNNI__)
+  return (vi)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)a, (__m512i)b);
+#else
+  typedef int16_t v16 __attribute__((vector_size(4 * W)));
+  typedef uint16_t vu16 __attribute__((vector_size(4 * W)));
+  const vi even = multiply_16(a & 0x00ff00ff, (vi)((v16)((vu16)b << 8) >> 8));
+  return sum + even + multiply_16((vi)((vu16)a >> 8), (vi)((v16)b >> 8));
+#endif
+}
+
 /* ---- across lanes ---- */
 
 #ifdef __clang__
@@ -204,6 +261,29 @@ INLINE vf sum_each(vf x[W]) {
 #endif
   for (int i = 0; i < 2; i++) x[i] = fold_2(x[i], x[i + 2]);
   return fold_1(x[0], x[1]);
+}
+
+/* Four lanes hold four bytes each: bytes and lanes change places. */
+#define BYTE(lane, h) (lane) / 4 * 16 + (lane) % 4, (lane) / 4 * 16 + (lane) % 4 + 4, \
+      (lane) / 4 * 16 + (lane) % 4 + 8, (lane) / 4 * 16 + (lane) % 4 + 12
+INLINE vi transpose_bytes(const vi x) {
+#ifdef __clang__
+  return (vi)__builtin_shufflevector((vq)x, (vq)x, LANES(BYTE, 0));
+#else
+  return (vi)__builtin_shuffle((vq)x, (vq){LANES(BYTE, 0)});
+#endif
+}
+
+/* Lanes 4 * i + j of x[q] hold parts of channel j. Lane 4 * q + j of the result is their sum. Overwrites x. */
+INLINE vf sum_channels(vf x[W / 4]) {
+#if W > 8
+  x[0] = fold_8(x[0], x[2]);
+  x[1] = fold_8(x[1], x[3]);
+#endif
+#if W > 4
+  x[0] = fold_4(x[0], x[1]);
+#endif
+  return x[0];
 }
 
 INLINE float sum_of(const vf x) {

@@ -1,10 +1,9 @@
-/* The CPU kernels, compiled once per instruction set with -DWKV_ISA=portable, avx2 or avx512. */
-#include <float.h>
-#include <math.h>
+/* Self-attention over the slots of the cache, and eviction from it. */
 #include <stdbool.h>
 
 #include "../policies.h"
-#include "simd.h"
+#include "isa.h"
+#include "softmax.h"
 
 enum {
   BLOCK = 512,   /* slots of one softmax step: all of Whisper's 448, and 2 kB of stack */
@@ -12,8 +11,6 @@ enum {
   TOGETHER = 16, /* keys whose sums across lanes are formed at once */
   ABREAST = 4    /* values added up in registers before their sum goes back to memory */
 };
-
-INLINE int64_t least(const int64_t a, const int64_t b) { return a < b ? a : b; }
 
 /* ---- compact_attention ---- */
 
@@ -76,27 +73,6 @@ INLINE void score_slots(const enum wkv_dtype dtype, float *const logits, const v
       store(logit, load(logit) + sum_each(sums + i));
     }
   }
-}
-
-INLINE float largest(const float *const x, const int64_t n, const float floor) {
-  vf top = splat(floor);
-  for (int64_t s = 0; s < n; s += W) top = larger(load(x + s), top);
-  return largest_of(top);
-}
-
-/* x = exp(x - top); returns the sum. */
-INLINE float exponentiate(float *const x, const int64_t slots, const float top) {
-  vf sum = {0};
-  for (int64_t s = 0; s < slots; s += W) {
-    const vf e = exponential(load(x + s) - top);
-    store(x + s, e);
-    sum += e;
-  }
-  return sum_of(sum);
-}
-
-INLINE void multiply(float *const x, const int64_t n, const float factor) {
-  for (int64_t i = 0; i < n; i++) x[i] *= factor;
 }
 
 /* One head of one token attends over the live slots; of the output it forms the channels of one piece.
@@ -187,7 +163,7 @@ ATTEND_IN(FLOAT16)
 static attend_function *const attend_64[WKV_DTYPES] = {attend_FLOAT32_64, attend_BFLOAT16_64, attend_FLOAT16_64};
 static attend_function *const attend_any[WKV_DTYPES] = {attend_FLOAT32_any, attend_BFLOAT16_any, attend_FLOAT16_any};
 
-static void compact_attention(const struct wkv_attention *const a, const int64_t begin, const int64_t end) {
+void ON_ISA(wkv_compact_attention)(const struct wkv_attention *const a, const int64_t begin, const int64_t end) {
   attend_function *const attend_item = (a->head_dim == 64 ? attend_64 : attend_any)[a->dtype];
   for (int64_t item = begin; item < end; item++) attend_item(a, item / a->heads, item % a->heads);
 }
@@ -284,7 +260,7 @@ static int64_t next_slot(const struct wkv_eviction *const e, const int64_t row, 
   return chosen;
 }
 
-static void score_evict(const struct wkv_eviction *const e, const int64_t begin, const int64_t end) {
+void ON_ISA(wkv_score_evict)(const struct wkv_eviction *const e, const int64_t begin, const int64_t end) {
   for (int64_t row = begin; row < end; row++) {
     int32_t *const cursor = e->cursor + row;
     int64_t live = cursor[WKV_LIVE * e->rows], slot = cursor[WKV_SLOT * e->rows], seen = cursor[WKV_SEEN * e->rows];
@@ -303,13 +279,3 @@ static void score_evict(const struct wkv_eviction *const e, const int64_t begin,
     cursor[WKV_SEEN * e->rows] = (int32_t)seen;
   }
 }
-
-/* ---- the one symbol of this object ---- */
-
-#define JOIN_(a, b) a##b
-#define JOIN(a, b) JOIN_(a, b)
-#define TEXT_(a) #a
-#define TEXT(a) TEXT_(a)
-
-extern const struct wkv_cpu_kernels JOIN(wkv_cpu_, WKV_ISA);
-const struct wkv_cpu_kernels JOIN(wkv_cpu_, WKV_ISA) = {TEXT(WKV_ISA), compact_attention, score_evict};

@@ -1,0 +1,152 @@
+/* Checks of what an op was given, and what every op needs. */
+#include "torch_call.h"
+
+#include <math.h>
+#include <stdarg.h>
+#include <stdio.h>
+#include <string.h>
+
+#define TEXT(name) #name,
+static const char *const dtype_names[] = {TORCH_DTYPES(TEXT) "another dtype"};
+static const char *const device_names[] = {TORCH_DEVICES(TEXT) "another device"};
+static const char *const size_names[SIZES] = {"rows",   "tokens", "heads", "slots",    "dim",    "cursors", "audios",
+                                              "frames", "tiles",  "strip", "channels", "groups", "2"};
+
+bool fail(struct call *const call, const char *const format, ...) {
+  va_list values;
+  va_start(values, format);
+  vsnprintf(call->error, sizeof call->error, format, values);
+  va_end(values);
+  return false;
+}
+
+static bool has_shape(const struct call *const call, const struct argument *const want, const int64_t dim,
+                      const int64_t *const sizes) {
+  bool same = dim == want->dim;
+  for (int i = 0; same && i < want->dim; i++) {
+    const int64_t known = call->sizes[want->shape[i]];
+    same = known == UNKNOWN ? sizes[i] > 0 || want->shape[i] == ROWS : sizes[i] == known;
+  }
+  return same;
+}
+
+static bool fail_shape(struct call *const call, const struct argument *const want, const int64_t dim,
+                       const int64_t *const sizes) {
+  char allowed[192] = "", given[192] = "";
+  bool empty = false;
+  for (int i = 0, end = 0; i < want->dim; i++) {
+    const enum size side = want->shape[i];
+    end += snprintf(allowed + end, sizeof allowed - end, "%s%s", i ? ", " : "", size_names[side]);
+    if (call->sizes[side] != UNKNOWN)
+      end += snprintf(allowed + end, sizeof allowed - end, "=%lld", (long long)call->sizes[side]);
+  }
+  for (int64_t i = 0, end = 0; i < dim && end < (int64_t)sizeof given; i++) {
+    end += snprintf(given + end, sizeof given - end, "%s%lld", i ? ", " : "", (long long)sizes[i]);
+    empty |= !sizes[i];
+  }
+  return fail(call, "%s must be [%s]%s, got [%s]", want->name, allowed, empty ? ", no side but rows empty" : "", given);
+}
+
+static int index_of(const int32_t number, const int32_t *const numbers, const int count) {
+  int i = 0;
+  while (i < count && numbers[i] != number) i++;
+  return i;
+}
+
+bool accept(struct call *const call, const int i, const struct argument *const want, const bool is_read) {
+  const AtenTensorHandle tensor = call->tensors[i];
+  int32_t dtype_number, device_number;
+  int64_t dim, *sizes;
+  bool contiguous;
+  if (shim.aoti_torch_get_dtype(tensor, &dtype_number) || shim.aoti_torch_get_device_type(tensor, &device_number) ||
+      shim.aoti_torch_get_dim(tensor, &dim) || shim.aoti_torch_get_sizes(tensor, &sizes) ||
+      shim.aoti_torch_is_contiguous(tensor, &contiguous) || shim.aoti_torch_get_data_ptr(tensor, &call->data[i]))
+    return fail(call, "%s must be an ordinary tensor that has memory", want->name);
+
+  const int device = index_of(device_number, shim.devices, TORCH_DEVICE_COUNT);
+  if (device != TORCH_DEVICE_cpu) return fail(call, "%s must be on cpu, got %s", want->name, device_names[device]);
+
+  const int dtype = index_of(dtype_number, shim.dtypes, TORCH_DTYPE_COUNT);
+  const int wanted = want->dtype == CACHE ? call->cache_dtype : want->dtype;
+  if (wanted == UNKNOWN ? dtype >= WKV_DTYPES : dtype != wanted)
+    return fail(call, "%s must be %s, got %s", want->name,
+                wanted == UNKNOWN ? "float32, bfloat16 or float16" : dtype_names[wanted], dtype_names[dtype]);
+
+  if (!has_shape(call, want, dim, sizes)) return fail_shape(call, want, dim, sizes);
+  if (is_read && !contiguous) return fail(call, "%s must be contiguous, got a strided view", want->name);
+
+  if (want->dtype == CACHE) call->cache_dtype = dtype;
+  for (int64_t d = 0; d < dim; d++) call->sizes[want->shape[d]] = sizes[d];
+  return true;
+}
+
+int dtype_of(const struct call *const call, const int i) {
+  int32_t number;
+  if (shim.aoti_torch_get_dtype(call->tensors[i], &number)) return TORCH_DTYPE_COUNT;
+  return index_of(number, shim.dtypes, TORCH_DTYPE_COUNT);
+}
+
+bool as_bool(const StableIValue value) {
+  bool b;
+  memcpy(&b, &value, sizeof b);
+  return b;
+}
+
+double as_double(const StableIValue value) {
+  double number;
+  memcpy(&number, &value, sizeof number);
+  return number;
+}
+
+/* The shim cannot say whether a tensor requires grad, but while gradients are on, a view of such a one is no leaf. */
+static bool requires_grad(const AtenTensorHandle tensor) {
+  AtenTensorHandle own;
+  if (shim.aoti_torch_new_tensor_handle(tensor, &own)) return true;
+  StableIValue stack[] = {(StableIValue)(uintptr_t)own};
+  return shim.torch_call_dispatcher("aten::alias", "", stack, TORCH_OLDEST) ||
+         shim.torch_call_dispatcher("aten::is_leaf", "", stack, TORCH_OLDEST) || !as_bool(stack[0]);
+}
+
+bool needs_no_grad(struct call *const call, const struct argument *const arguments, const int count) {
+  if (!shim.aoti_torch_grad_mode_is_enabled()) return true;
+  for (int i = 0; i < count; i++)
+    if ((arguments[i].dtype == CACHE || arguments[i].dtype == TORCH_DTYPE_float32) && arguments[i].name &&
+        requires_grad(call->tensors[i]))
+      return fail(call, "%s requires grad, and no gradient can pass through a cache: call under torch.no_grad()",
+                  arguments[i].name);
+  return true;
+}
+
+bool new_result(struct call *const call, const int i, const int dim, const int64_t *const sizes,
+                       const int dtype, void **const data) {
+  int64_t strides[MAX_DIM], stride = 1;
+  for (int d = dim - 1; d >= 0; d--) {
+    strides[d] = stride;
+    stride *= sizes[d] > 1 ? sizes[d] : 1;
+  }
+  AtenTensorHandle *const result = &call->results[i];
+  const int32_t cpu = shim.devices[TORCH_DEVICE_cpu];
+  return (!shim.aoti_torch_empty_strided(dim, sizes, strides, shim.dtypes[dtype], cpu, 0, result) &&
+          !shim.aoti_torch_get_data_ptr(*result, data)) ||
+         fail(call, "no memory for the result");
+}
+
+bool is_within(struct call *const call, const char *const name, const int64_t number, const int64_t least,
+                      const int64_t most) {
+  return (least <= number && number <= most) ||
+         fail(call, "%s must be in %lld..%lld, got %lld", name, (long long)least, (long long)most, (long long)number);
+}
+
+bool is_finite(struct call *const call, const char *const name, const double number) {
+  return isfinite((float)number) || fail(call, "%s must be finite, got %g", name, number);
+}
+
+enum { WORTH_A_THREAD = 1 << 17 }; /* numbers of the cache to read, below which waking a thread costs more */
+
+bool share_out(struct call *const call, const int64_t items, const double numbers_per_item,
+                      const torch_range_task task, void *const context) {
+  const int64_t items_per_thread = 1 + (int64_t)(WORTH_A_THREAD / numbers_per_item);
+  if (items <= items_per_thread) return task(0, items, context), true;
+  return !shim.torch_parallel_for(0, items, items_per_thread, task, context) ||
+         fail(call, "torch could not share out the work");
+}

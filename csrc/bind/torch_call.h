@@ -1,0 +1,51 @@
+/* One call of a torch op: what it was given, and what it may be given. */
+#ifndef WHISPERKV_TORCH_CALL_H
+#define WHISPERKV_TORCH_CALL_H
+#include <stdbool.h>
+
+#include "../whisperkv.h"
+#include "torch_shim.h"
+
+enum size { ROWS, TOKENS, HEADS, SLOTS, DIM, CURSORS, AUDIOS, FRAMES, TILES, STRIP, CHANNELS, GROUPS, PAIR, SIZES };
+
+enum { UNKNOWN = -1, MAX_DIM = 5, MAX_TENSORS = 7, MAX_RESULTS = 2, ERROR_SIZE = 512, CACHE = TORCH_DTYPE_COUNT };
+
+struct argument {
+  const char *name;
+  int dtype; /* CACHE: one that the kernels know, the same for all such arguments */
+  int dim;
+  enum size shape[MAX_DIM];
+};
+
+/* Its tensors, and what those accepted so far say about the others. */
+struct call {
+  AtenTensorHandle tensors[MAX_TENSORS], results[MAX_RESULTS];
+  void *data[MAX_TENSORS];
+  int64_t sizes[SIZES];
+  int cache_dtype;
+  char error[ERROR_SIZE];
+};
+
+/* Writes the error; returns false, as all that follow do when they refuse. */
+__attribute__((format(printf, 2, 3))) bool fail(struct call *, const char *format, ...);
+
+/* Checks tensor i of a call. One that the op does not read lends its shape alone: it may be an expanded scalar. */
+bool accept(struct call *, int i, const struct argument *, bool is_read);
+
+/* Of a tensor that may be one of several dtypes: its place in TORCH_DTYPES. */
+int dtype_of(const struct call *, int i);
+
+bool needs_no_grad(struct call *, const struct argument *, int count);
+bool is_within(struct call *, const char *name, int64_t number, int64_t least, int64_t most);
+bool is_finite(struct call *, const char *name, double number);
+
+/* A new contiguous tensor, the i-th result of the call. */
+bool new_result(struct call *, int i, int dim, const int64_t *sizes, int dtype, void **data);
+
+/* Which thread does an item does not change its bits. */
+bool share_out(struct call *, int64_t items, double numbers_per_item, torch_range_task task, void *context);
+
+bool as_bool(StableIValue);
+double as_double(StableIValue);
+
+#endif

@@ -1,0 +1,197 @@
+/* The ops of cross-attention. */
+#include <stdlib.h>
+#include <string.h>
+
+#include "torch_ops.h"
+
+static int64_t count_of(const int64_t n, const int64_t unit) { return (n + unit - 1) / unit; }
+
+static bool is_group(struct call *const call, const int64_t group) {
+  return (group > 0 && group % WKV_TILE == 0 && (group % WKV_BLOCK == 0 || WKV_BLOCK % group == 0)) ||
+         fail(call, "group must be 16, 32, 64, 128 or a multiple of 256 frames, got %lld", (long long)group);
+}
+
+static bool is_sound(struct call *const call, const int32_t *const owner, const int32_t *const lengths) {
+  const int64_t *const size = call->sizes;
+  return !wkv_check_owners(owner, size[ROWS], lengths, size[AUDIOS], size[FRAMES], call->error, sizeof call->error);
+}
+
+/* ---- pack_frames ---- */
+
+enum { STATES, PACKED_LENGTHS, PACKING_TENSORS };
+static const struct argument packing_arguments[PACKING_TENSORS] = {
+    [STATES] = {"states", CACHE, 4, {AUDIOS, FRAMES, HEADS, DIM}},
+    [PACKED_LENGTHS] = {"lengths", TORCH_DTYPE_int32, 1, {AUDIOS}},
+};
+
+static void pack(const int64_t begin, const int64_t end, void *const packing) {
+  torch_kernels->pack(packing, begin, end);
+}
+
+static bool pack_frames(struct call *const call, const StableIValue *const numbers) {
+  const int64_t bits = (int64_t)numbers[0], group = (int64_t)numbers[1];
+  for (int i = 0; i < PACKING_TENSORS; i++)
+    if (!accept(call, i, &packing_arguments[i], true)) return false;
+  if (bits != 8 && bits != 4) return fail(call, "bits must be 8 or 4, got %lld", (long long)bits);
+  const int64_t *const size = call->sizes;
+  const int64_t channels = count_of(size[DIM], WKV_CHANNELS) * WKV_CHANNELS, groups = group > 0 ? count_of(size[FRAMES], group) : 0;
+  const int64_t codes_shape[] = {size[AUDIOS], size[HEADS], count_of(size[FRAMES], WKV_TILE), 2 * bits, channels};
+  const int64_t scales_shape[] = {size[AUDIOS], size[HEADS], groups, 2, channels};
+  void *codes, *scales;
+  if (!is_group(call, group) || !needs_no_grad(call, packing_arguments, PACKING_TENSORS) ||
+      !is_sound(call, NULL, call->data[PACKED_LENGTHS]) ||
+      !new_result(call, 0, 5, codes_shape, TORCH_DTYPE_uint8, &codes) ||
+      !new_result(call, 1, 5, scales_shape, TORCH_DTYPE_float32, &scales))
+    return false;
+  struct wkv_packing packing = {
+      .audios = size[AUDIOS],
+      .heads = size[HEADS],
+      .frames = size[FRAMES],
+      .head_dim = size[DIM],
+      .dtype = (enum wkv_dtype)call->cache_dtype,
+      .bits = (int)bits,
+      .group = group,
+      .states = call->data[STATES],
+      .lengths = call->data[PACKED_LENGTHS],
+      .codes = codes,
+      .scales = scales,
+  };
+  return share_out(call, size[AUDIOS] * size[HEADS] * groups, 2.0 * group * size[DIM], pack, &packing);
+}
+
+/* ---- cross_attention ---- */
+
+enum { QUERY, KEYS, VALUES, KEY_SCALES, VALUE_SCALES, OWNER, LENGTHS, CROSS_TENSORS };
+
+#define QUERY_ARGUMENT {"query", CACHE, 4, {ROWS, TOKENS, HEADS, DIM}}
+#define OWNER_ARGUMENT {"owner", TORCH_DTYPE_int32, 1, {ROWS}}
+#define LENGTHS_ARGUMENT {"lengths", TORCH_DTYPE_int32, 1, {AUDIOS}}
+
+static const struct argument plain_arguments[CROSS_TENSORS] = {
+    [QUERY] = QUERY_ARGUMENT,
+    [KEYS] = {"keys", CACHE, 4, {AUDIOS, HEADS, FRAMES, DIM}},
+    [VALUES] = {"values", CACHE, 4, {AUDIOS, HEADS, FRAMES, DIM}},
+    [OWNER] = OWNER_ARGUMENT,
+    [LENGTHS] = LENGTHS_ARGUMENT,
+};
+static const struct argument packed_arguments[CROSS_TENSORS] = {
+    [QUERY] = QUERY_ARGUMENT,
+    [KEYS] = {"keys", TORCH_DTYPE_uint8, 5, {AUDIOS, HEADS, TILES, STRIP, CHANNELS}},
+    [VALUES] = {"values", TORCH_DTYPE_uint8, 5, {AUDIOS, HEADS, TILES, STRIP, CHANNELS}},
+    [KEY_SCALES] = {"key_scales", TORCH_DTYPE_float32, 5, {AUDIOS, HEADS, GROUPS, PAIR, CHANNELS}},
+    [VALUE_SCALES] = {"value_scales", TORCH_DTYPE_float32, 5, {AUDIOS, HEADS, GROUPS, PAIR, CHANNELS}},
+    [OWNER] = OWNER_ARGUMENT,
+    [LENGTHS] = LENGTHS_ARGUMENT,
+};
+
+/* A packed cache is as large as `frames` and `group` say. */
+static bool fits(struct call *const call, const int64_t frames, const int64_t group) {
+  const int64_t *const size = call->sizes, channels = count_of(size[DIM], WKV_CHANNELS) * WKV_CHANNELS;
+  if (size[STRIP] != 16 && size[STRIP] != 8)
+    return fail(call, "keys must have 16 bytes (8 bits) or 8 bytes (4 bits) a tile and channel, got %lld",
+                (long long)size[STRIP]);
+  if (size[CHANNELS] != channels)
+    return fail(call, "keys must have %lld channels for queries of %lld, got %lld", (long long)channels,
+                (long long)size[DIM], (long long)size[CHANNELS]);
+  if (size[TILES] != count_of(frames, WKV_TILE) || size[GROUPS] != count_of(frames, group))
+    return fail(call, "%lld frames in groups of %lld are %lld tiles and %lld groups, got %lld and %lld",
+                (long long)frames, (long long)group, (long long)count_of(frames, WKV_TILE),
+                (long long)count_of(frames, group), (long long)size[TILES], (long long)size[GROUPS]);
+  call->sizes[FRAMES] = frames;
+  return true;
+}
+
+struct sharing {
+  struct wkv_cross_attention *attention;
+  size_t scratch;
+  bool no_memory;
+};
+
+static void attend(const int64_t begin, const int64_t end, void *const context) {
+  struct sharing *const sharing = context;
+  void *const scratch = aligned_alloc(64, count_of(sharing->scratch, 64) * 64);
+  if (scratch) torch_kernels->cross_attention(sharing->attention, scratch, begin, end);
+  else sharing->no_memory = true;
+  free(scratch);
+}
+
+static void finish(const int64_t begin, const int64_t end, void *const context) {
+  const struct sharing *const sharing = context;
+  torch_kernels->cross_finish(sharing->attention, begin, end);
+}
+
+static bool attend_planned(struct call *const call, struct wkv_cross_attention *const a) {
+  const int64_t *const size = call->sizes, channels = count_of(size[DIM], WKV_CHANNELS) * WKV_CHANNELS;
+  const int64_t queries = size[ROWS] * size[TOKENS];
+  if (queries == 0) return true;
+  struct sharing sharing = {a, wkv_cross_scratch(a), false};
+  a->part = malloc((size_t)queries * sizeof *a->part);
+  if (a->part) wkv_cross_plan(a);
+  const int64_t lines = a->splits * queries * size[HEADS];
+  a->sums = aligned_alloc(64, (size_t)(lines * channels) * sizeof *a->sums); /* channels are whole lines of memory */
+  a->totals = malloc((size_t)lines * 2 * sizeof *a->totals);
+  bool done = (a->part && a->sums && a->totals) || fail(call, "no memory for the sums of %lld queries", (long long)queries);
+  if (done) {
+    const double numbers = 2.0 * queries * size[HEADS] * size[FRAMES] * size[DIM];
+    const int64_t items = a->parts * size[HEADS] * a->splits;
+    done = share_out(call, items, numbers / (double)items, attend, &sharing) &&
+           share_out(call, queries * size[HEADS], (double)(a->splits * channels), finish, &sharing);
+  }
+  if (done && sharing.no_memory) done = fail(call, "no memory for a thread's scratch");
+  free(a->part);
+  free(a->sums);
+  free(a->totals);
+  return done;
+}
+
+static bool cross_attention(struct call *const call, const StableIValue *const numbers) {
+  const bool is_packed = dtype_of(call, KEYS) == TORCH_DTYPE_uint8;
+  const struct argument *const arguments = is_packed ? packed_arguments : plain_arguments;
+  const int64_t frames = (int64_t)numbers[0], group = (int64_t)numbers[1];
+  const double scale = as_double(numbers[2]);
+  const bool want_weights = as_bool(numbers[3]);
+  for (int i = 0; i < CROSS_TENSORS; i++)
+    if (arguments[i].name && !accept(call, i, &arguments[i], true)) return false;
+  if (is_packed && (!is_group(call, group) || !fits(call, frames, group))) return false;
+  const int64_t *const size = call->sizes, none = 0;
+  const int64_t output_shape[] = {size[ROWS], size[TOKENS], size[HEADS], size[DIM]};
+  const int64_t weights_shape[] = {size[ROWS], size[HEADS], size[TOKENS], size[FRAMES]};
+  void *output, *weights;
+  if (!is_finite(call, "scale", scale) || !needs_no_grad(call, arguments, CROSS_TENSORS) ||
+      !is_sound(call, call->data[OWNER], call->data[LENGTHS]) ||
+      !new_result(call, 0, 4, output_shape, call->cache_dtype, &output) ||
+      !new_result(call, 1, want_weights ? 4 : 1, want_weights ? weights_shape : &none, TORCH_DTYPE_float32, &weights))
+    return false;
+  struct wkv_cross_attention attention = {
+      .rows = size[ROWS],
+      .tokens = size[TOKENS],
+      .heads = size[HEADS],
+      .head_dim = size[DIM],
+      .audios = size[AUDIOS],
+      .frames = size[FRAMES],
+      .dtype = (enum wkv_dtype)call->cache_dtype,
+      .bits = is_packed ? (int)size[STRIP] / 2 : 0,
+      .group = group,
+      .query = call->data[QUERY],
+      .keys = call->data[KEYS],
+      .values = call->data[VALUES],
+      .key_scales = call->data[KEY_SCALES],
+      .value_scales = call->data[VALUE_SCALES],
+      .owner = call->data[OWNER],
+      .lengths = call->data[LENGTHS],
+      .output = output,
+      .weights = want_weights ? weights : NULL,
+      .scale = (float)scale,
+  };
+  return attend_planned(call, &attention);
+}
+
+const struct torch_op pack_frames_op = {
+    "pack_frames", "pack_frames(Tensor states, Tensor lengths, int bits, SymInt group) -> (Tensor, Tensor)", pack_frames,
+    PACKING_TENSORS, 2};
+
+const struct torch_op cross_attention_op = {
+    "cross_attention",
+    "cross_attention(Tensor query, Tensor keys, Tensor values, Tensor key_scales, Tensor value_scales, Tensor owner, "
+    "Tensor lengths, SymInt frames, SymInt group, float scale, bool want_weights) -> (Tensor, Tensor)",
+    cross_attention, CROSS_TENSORS, 2};

@@ -1,0 +1,128 @@
+/* The ops of self-attention. */
+#include <string.h>
+
+#include "../policies.h"
+#include "torch_ops.h"
+
+#define POLICY_READS(name, attention, key_norm) {attention, key_norm},
+static const struct {
+  bool attention, key_norm;
+} policies[] = {WKV_POLICIES(POLICY_READS)};
+
+enum { POLICIES = sizeof policies / sizeof policies[0] };
+
+static bool is_sound(struct call *const call, const int32_t *const cursor, const int64_t slots) {
+  return !wkv_check_cursor(cursor, call->sizes[ROWS], call->sizes[TOKENS], slots, call->error, sizeof call->error);
+}
+
+/* ---- compact_attention ---- */
+
+enum { QUERY, KEY, VALUE, KEYS, VALUES, CURSOR, ATTENTION_TENSORS };
+static const struct argument attention_arguments[ATTENTION_TENSORS] = {
+    [QUERY] = {"query", CACHE, 4, {ROWS, TOKENS, HEADS, DIM}},
+    [KEY] = {"key", CACHE, 4, {ROWS, TOKENS, HEADS, DIM}},
+    [VALUE] = {"value", CACHE, 4, {ROWS, TOKENS, HEADS, DIM}},
+    [KEYS] = {"keys", CACHE, 4, {ROWS, HEADS, SLOTS, DIM}},
+    [VALUES] = {"values", CACHE, 4, {ROWS, HEADS, SLOTS, DIM}},
+    [CURSOR] = {"cursor", TORCH_DTYPE_int32, 2, {CURSORS, ROWS}},
+};
+
+static void attend(const int64_t begin, const int64_t end, void *const attention) {
+  torch_kernels->compact_attention(attention, begin, end);
+}
+
+static bool compact_attention(struct call *const call, const StableIValue *const numbers) {
+  for (int i = 0; i < ATTENTION_TENSORS; i++)
+    if (!accept(call, i, &attention_arguments[i], true)) return false;
+  const double scale = as_double(numbers[0]);
+  const bool want_weights = as_bool(numbers[1]);
+  const int64_t *const size = call->sizes, none = 0;
+  const int64_t output_shape[] = {size[ROWS], size[TOKENS], size[HEADS], size[DIM]};
+  const int64_t weights_shape[] = {size[ROWS], size[HEADS], size[TOKENS], size[SLOTS]};
+  void *output, *weights;
+  if (!is_finite(call, "scale", scale) || !needs_no_grad(call, attention_arguments, ATTENTION_TENSORS) ||
+      !is_sound(call, call->data[CURSOR], size[SLOTS]) ||
+      !new_result(call, 0, 4, output_shape, call->cache_dtype, &output) ||
+      !new_result(call, 1, want_weights ? 4 : 1, want_weights ? weights_shape : &none, TORCH_DTYPE_float32, &weights))
+    return false;
+  struct wkv_attention attention = {
+      .rows = size[ROWS],
+      .tokens = size[TOKENS],
+      .heads = size[HEADS],
+      .slots = size[SLOTS],
+      .head_dim = size[DIM],
+      .dtype = (enum wkv_dtype)call->cache_dtype,
+      .query = call->data[QUERY],
+      .key = call->data[KEY],
+      .value = call->data[VALUE],
+      .keys = call->data[KEYS],
+      .values = call->data[VALUES],
+      .cursor = call->data[CURSOR],
+      .output = output,
+      .weights = want_weights ? weights : NULL,
+      .scale = (float)scale,
+  };
+  return share_out(call, size[ROWS] * size[HEADS], 2.0 * size[TOKENS] * size[SLOTS] * size[DIM], attend, &attention);
+}
+
+/* ---- score_evict ---- */
+
+enum { SEEN_WEIGHTS, SEEN_KEYS, MOVED_CURSOR, POSITIONS, SCORES, EVICTION_TENSORS };
+static const struct argument eviction_arguments[EVICTION_TENSORS] = {
+    [SEEN_WEIGHTS] = {"weights", TORCH_DTYPE_float32, 4, {ROWS, HEADS, TOKENS, SLOTS}},
+    [SEEN_KEYS] = {"keys", CACHE, 4, {ROWS, HEADS, SLOTS, DIM}},
+    [MOVED_CURSOR] = {"cursor", TORCH_DTYPE_int32, 2, {CURSORS, ROWS}},
+    [POSITIONS] = {"positions", TORCH_DTYPE_int32, 2, {ROWS, SLOTS}},
+    [SCORES] = {"scores", TORCH_DTYPE_float32, 2, {ROWS, SLOTS}},
+};
+
+static void evict(const int64_t begin, const int64_t end, void *const eviction) {
+  torch_kernels->score_evict(eviction, begin, end);
+}
+
+static bool score_evict(struct call *const call, const StableIValue *const numbers) {
+  const int64_t policy = (int64_t)numbers[0], budget = (int64_t)numbers[1], recent = (int64_t)numbers[2];
+  const double decay = as_double(numbers[3]);
+  if (!is_within(call, "policy", policy, 0, POLICIES - 1)) return false;
+  const bool is_read[EVICTION_TENSORS] = {[SEEN_WEIGHTS] = policies[policy].attention,
+                                          [SEEN_KEYS] = policies[policy].key_norm,
+                                          [MOVED_CURSOR] = true, [POSITIONS] = true, [SCORES] = true};
+  for (int i = 0; i < EVICTION_TENSORS; i++)
+    if (!accept(call, i, &eviction_arguments[i], is_read[i])) return false;
+  const int64_t *const size = call->sizes;
+  if (!is_within(call, "budget", budget, 1, size[SLOTS]) || !is_within(call, "recent", recent, 1, INT32_MAX) ||
+      !is_finite(call, "decay", decay) || !needs_no_grad(call, eviction_arguments, EVICTION_TENSORS) ||
+      /* several tokens were appended one after another, so none but the last may call for an eviction */
+      !is_sound(call, call->data[MOVED_CURSOR], size[TOKENS] > 1 ? budget : size[SLOTS]))
+    return false;
+  struct wkv_eviction eviction = {
+      .rows = size[ROWS],
+      .tokens = size[TOKENS],
+      .heads = size[HEADS],
+      .slots = size[SLOTS],
+      .head_dim = size[DIM],
+      .dtype = (enum wkv_dtype)call->cache_dtype,
+      .weights = call->data[SEEN_WEIGHTS],
+      .keys = call->data[SEEN_KEYS],
+      .cursor = call->data[MOVED_CURSOR],
+      .positions = call->data[POSITIONS],
+      .scores = call->data[SCORES],
+      .policy = (int)policy,
+      .budget = budget,
+      .recent = recent,
+      .decay = (float)decay,
+  };
+  return share_out(call, size[ROWS], 1.0 * size[TOKENS] * size[SLOTS] * (size[HEADS] + 1), evict, &eviction);
+}
+
+const struct torch_op compact_attention_op = {
+    "compact_attention",
+    "compact_attention(Tensor query, Tensor key, Tensor value, Tensor(a!) keys, Tensor(b!) values, Tensor cursor, "
+    "float scale, bool want_weights) -> (Tensor, Tensor)",
+    compact_attention, ATTENTION_TENSORS, 2};
+
+const struct torch_op score_evict_op = {
+    "score_evict",
+    "score_evict(Tensor weights, Tensor keys, Tensor(a!) cursor, Tensor(b!) positions, Tensor(c!) scores, int policy, "
+    "SymInt budget, SymInt recent, float decay) -> ()",
+    score_evict, EVICTION_TENSORS, 0};

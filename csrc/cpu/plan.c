@@ -1,0 +1,62 @@
+/* What is settled before a kernel runs: whether cursors and owners may be trusted, and who does what. */
+#include <stdio.h>
+
+#include "../whisperkv.h"
+
+const char *wkv_check_cursor(const int32_t *const cursor, const int64_t rows, const int64_t tokens,
+                             const int64_t slots, char *const error, const size_t error_size) {
+  for (int64_t row = 0; row < rows; row++) {
+    const long long live = cursor[WKV_LIVE * rows + row], slot = cursor[WKV_SLOT * rows + row];
+    const long long seen = cursor[WKV_SEEN * rows + row];
+    const long long padding = seen < 0 ? -seen : 0;
+    const long long written = tokens > padding ? tokens - padding : 0;
+    const char *const wrong = live < 0 || live > slots           ? "live must be in 0..slots"
+                              : slot < 0 || slot > live          ? "slot must be in 0..live"
+                              : tokens > 1 && slot != live       ? "slot must be live for more than one token"
+                              : written && slot + written > slots ? "the new tokens do not fit"
+                                                                 : NULL;
+    if (!wrong) continue;
+    snprintf(error, error_size, "cursor of row %lld: %s (live %lld, slot %lld, seen %lld, tokens %lld, slots %lld)",
+             (long long)row, wrong, live, slot, seen, (long long)tokens, (long long)slots);
+    return error;
+  }
+  return NULL;
+}
+
+const char *wkv_check_owners(const int32_t *const owner, const int64_t rows, const int32_t *const lengths,
+                             const int64_t audios, const int64_t frames, char *const error, const size_t error_size) {
+  for (int64_t row = 0; row < rows; row++)
+    if (owner[row] < 0 || owner[row] >= audios) {
+      snprintf(error, error_size, "owner of row %lld must be one of %lld audios, got %d", (long long)row,
+               (long long)audios, owner[row]);
+      return error;
+    }
+  for (int64_t audio = 0; audio < audios; audio++)
+    if (lengths[audio] < 1 || lengths[audio] > frames) {
+      snprintf(error, error_size, "length of audio %lld must be in 1..%lld frames, got %d", (long long)audio,
+               (long long)frames, lengths[audio]);
+      return error;
+    }
+  return NULL;
+}
+
+static int64_t least(const int64_t a, const int64_t b) { return a < b ? a : b; }
+
+void wkv_cross_plan(struct wkv_cross_attention *const a) {
+  a->parts = 0;
+  for (int64_t row = 0, end; row < a->rows; row = end) {
+    for (end = row + 1; end < a->rows && a->owner[end] == a->owner[row];) end++;
+    for (int64_t first = row * a->tokens; first < end * a->tokens; first += WKV_TOGETHER)
+      a->part[a->parts++] =
+          (struct wkv_together){a->owner[row], first, least(WKV_TOGETHER, end * a->tokens - first)};
+  }
+  const int64_t items = a->parts * a->heads, blocks = (a->frames + WKV_BLOCK - 1) / WKV_BLOCK;
+  a->splits = items ? least(blocks, (WKV_ITEMS_WANTED + items - 1) / items) : 1;
+}
+
+size_t wkv_cross_scratch(const struct wkv_cross_attention *const a) {
+  const size_t channels = (size_t)(a->head_dim + WKV_CHANNELS - 1) / WKV_CHANNELS * WKV_CHANNELS;
+  /* queries, logits, one query with the steps folded in, and the codes of queries and weights */
+  return sizeof(float) * (WKV_TOGETHER * (channels + WKV_BLOCK) + channels) +
+         sizeof(int32_t) * WKV_TOGETHER * (channels / 4 + WKV_BLOCK);
+}
