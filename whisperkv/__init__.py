@@ -6,7 +6,9 @@ __version__ = "0.1.0"
 
 # Loaded on first use, so that the NumPy side works where torch is not installed.
 _HOME = {
+    "CrossConfig": "config",
     "EvictionConfig": "config",
+    "listen": "voice",
     "simulate_eviction": "simulate",
     "attention_kept": "simulate",
     "patch": "patching",

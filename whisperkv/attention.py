@@ -1,10 +1,17 @@
-"""Whisper's self-attention over our cache."""
+"""Whisper's attentions over our caches."""
 
 import torch
 from transformers.cache_utils import EncoderDecoderCache
 from transformers.models.whisper.modeling_whisper import WhisperAttention
 
 from .cache import SelfCacheLayer
+from .cross_cache import CrossCacheLayer
+
+
+def _layer(cache, index, kind):
+    layers = getattr(cache, "layers", ())
+    layer = layers[index] if index is not None and index < len(layers) else None
+    return layer if isinstance(layer, kind) else None
 
 
 def self_cache_layer(past_key_values, index):
@@ -12,9 +19,26 @@ def self_cache_layer(past_key_values, index):
     cache = past_key_values
     if isinstance(cache, EncoderDecoderCache):
         cache = cache.self_attention_cache
-    layers = getattr(cache, "layers", ())
-    layer = layers[index] if index is not None and index < len(layers) else None
-    return layer if isinstance(layer, SelfCacheLayer) else None
+    return _layer(cache, index, SelfCacheLayer)
+
+
+def cross_cache_layer(past_key_values, index):
+    """Our layer of the cross-attention cache, or None if the cache is not ours."""
+    return _layer(getattr(past_key_values, "cross_attention_cache", None), index, CrossCacheLayer)
+
+
+def _refuse_gradients(*tensors):
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+        raise RuntimeError(
+            "whisperkv's cache keeps no gradients: decode under torch.no_grad(), "
+            "or start from a fresh cache, which is left to transformers while gradients are on"
+        )
+
+
+def _wants_weights(attention, output_attentions):
+    """As in transformers: attentions other than eager return none."""
+    wanted = output_attentions or attention.config.output_attentions
+    return wanted and attention.config._attn_implementation == "eager"
 
 
 class SelfAttention(WhisperAttention):
@@ -41,13 +65,36 @@ class SelfAttention(WhisperAttention):
         query, key, value = (
             project(hidden_states).view(shape).contiguous() for project in (self.q_proj, self.k_proj, self.v_proj)
         )
-        if torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad):
-            raise RuntimeError(
-                "whisperkv's cache keeps no gradients: decode under torch.no_grad(), "
-                "or start from a fresh cache, which is left to transformers while gradients are on"
-            )
-        wanted = output_attentions or self.config.output_attentions
-        wanted = wanted and self.config._attn_implementation == "eager"  # as in transformers: the others return none
+        _refuse_gradients(query, key, value)
+        wanted = _wants_weights(self, output_attentions)
         output, weights = layer.attend(query, key, value, self.scaling, wanted)
         weights = layer.full_weights(weights).to(hidden_states.dtype) if wanted else None
-        return self.out_proj(output.view(hidden_states.shape)), weights
+        return self.out_proj(output.reshape(hidden_states.shape)), weights
+
+
+class CrossAttention(WhisperAttention):
+    """The same for a WhisperAttention over the encoder's output."""
+
+    def forward(
+        self,
+        hidden_states,
+        key_value_states=None,
+        past_key_values=None,
+        attention_mask=None,
+        output_attentions=False,
+        **kwargs,
+    ):
+        layer = cross_cache_layer(past_key_values, self.layer_idx)
+        if layer is None or key_value_states is None:
+            return super().forward(
+                hidden_states, key_value_states, past_key_values, attention_mask, output_attentions, **kwargs
+            )
+        shape = (*hidden_states.shape[:-1], self.num_heads, self.head_dim)
+        query = (self.q_proj(hidden_states) * self.scaling).view(shape)
+        _refuse_gradients(query)
+        if not layer.is_initialized:
+            layer.fill(self)
+            past_key_values.is_updated[self.layer_idx] = True
+        output, weights = layer.attend(query, self, _wants_weights(self, output_attentions))
+        weights = None if weights is None else weights.to(hidden_states.dtype)
+        return self.out_proj(output.reshape(hidden_states.shape)), weights

@@ -7,8 +7,13 @@ from numbers import Integral, Real
 from ._numpy import POLICIES
 
 
+class _Config:
+    def _refuse(self, field, allowed):
+        raise ValueError(f"{type(self).__name__}.{field} must be {allowed}; got {getattr(self, field)!r}")
+
+
 @dataclass(frozen=True)
-class EvictionConfig:
+class EvictionConfig(_Config):
     """How many tokens the self-attention cache keeps for each sequence, and which.
 
     policy      "heavy_hitter": the `recent` newest tokens and those that attention has dwelt on most;
@@ -42,9 +47,6 @@ class EvictionConfig:
         if not isinstance(self.pin_prompt, bool):
             self._refuse("pin_prompt", "True or False")
 
-    def _refuse(self, field, allowed):
-        raise ValueError(f"EvictionConfig.{field} must be {allowed}; got {getattr(self, field)!r}")
-
     @property
     def budget(self) -> int:
         """Slots a sequence takes at most."""
@@ -57,3 +59,55 @@ class EvictionConfig:
                 f"EvictionConfig(recent={self.recent}, heavy={self.heavy}) keeps {self.budget} tokens, which a pinned "
                 f"prompt of {tokens} fills: raise heavy to {tokens - self.recent + 1} or more, or set pin_prompt=False"
             )
+
+
+FORMATS = {"model": 0, "int8": 8, "int4": 4, "latent": 0, "latent_int8": 8, "latent_int4": 4}  # bits of a number
+TRIMS = ("off", "padding", "silence")
+
+
+@dataclass(frozen=True)
+class CrossConfig(_Config):
+    """How the cross-attention cache holds an audio.
+
+    format       "model": keys and values as the model computes them. Lossless;
+                 "int8", "int4": the same as codes of so many bits;
+                 "latent": the encoder's output, one copy for all layers, of which attention makes what it needs: exact
+                 up to rounding, and smaller by twice the number of layers;
+                 "latent_int8", "latent_int4": that copy as codes, the smallest there is.
+    trim         "off": all frames are kept;
+                 "padding": of the padding after the speech, every 16th frame is kept;
+                 "silence": so it is of the silent stretches inside the audio.
+    share_beams  rows with the same encoder output (beams, returned sequences) share one cache. Lossless.
+    group        frames that share a scale, in the formats of codes: 16, 32, 64, 128 or a multiple of 256. Smaller
+                 groups are more exact and larger in memory.
+    """
+
+    format: str = "model"
+    trim: str = "off"
+    share_beams: bool = True
+    group: int = 256
+
+    def __post_init__(self):
+        if self.format not in FORMATS:
+            self._refuse("format", f"one of {', '.join(map(repr, FORMATS))}")
+        if self.trim not in TRIMS:
+            self._refuse("trim", f"one of {', '.join(map(repr, TRIMS))}")
+        if not isinstance(self.share_beams, bool):
+            self._refuse("share_beams", "True or False")
+        group = self.group
+        if (
+            isinstance(group, bool)
+            or not isinstance(group, Integral)
+            or group not in (16, 32, 64, 128)
+            and (group < 1 or group % 256)
+        ):
+            self._refuse("group", "16, 32, 64, 128 or a multiple of 256 frames")
+
+    @property
+    def is_latent(self) -> bool:
+        return self.format.startswith("latent")
+
+    @property
+    def bits(self) -> int:
+        """Of a number in the cache; 0 if it is not a code."""
+        return FORMATS[self.format]

@@ -34,12 +34,6 @@ pack_frames = torch.ops.whisperkv.pack_frames.default
 cross_attention = torch.ops.whisperkv.cross_attention.default
 
 TILE, CHANNELS = 16, 32  # of a packed cache, as in whisperkv.h
-GROUPS = "16, 32, 64, 128 or a multiple of 256"
-
-
-def is_group(frames):
-    """Whether so many frames of a packed cache may share a scale."""
-    return frames > 0 and frames % TILE == 0 and (frames % 256 == 0 or 256 % frames == 0)
 
 
 # What torch.compile and torch.export see. The dtype of a cache may be any, but is the same for all of None.

@@ -5,24 +5,28 @@ import sys
 import torch
 from transformers import WhisperForCausalLM, WhisperForConditionalGeneration, WhisperModel
 from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache
-from transformers.models.whisper.modeling_whisper import WhisperAttention, WhisperDecoder
+from transformers.models.whisper.modeling_whisper import WhisperAttention, WhisperDecoder, WhisperEncoder
 
-from .attention import SelfAttention, self_cache_layer
+from .attention import CrossAttention, SelfAttention, self_cache_layer
 from .cache import SelfCacheLayer, SpareBuffer
-from .config import EvictionConfig
+from .config import CrossConfig, EvictionConfig
+from .cross_cache import Audios, CrossCacheLayer, owners_of
+from .listener import EncoderListener
 from .records import DecodeRecord, Stats
 
 _MODELS = (WhisperForConditionalGeneration, WhisperModel, WhisperForCausalLM)
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_ATTENTIONS = {"self_attn": SelfAttention, "encoder_attn": CrossAttention}
 _DECODER_ARGUMENTS = ("input_ids", "attention_mask", "encoder_hidden_states", "past_key_values", "inputs_embeds")
 
 
-def patch(model, eviction: EvictionConfig | None = None):
+def patch(model, eviction: EvictionConfig | None = None, cross: CrossConfig | None = None):
     """Make a Whisper decode through whisperkv, and return it.
 
     model     a WhisperForConditionalGeneration, WhisperModel or WhisperForCausalLM, or a pipeline, PEFT model or
               torch.compile wrapper around one
     eviction  which tokens the self-attention cache keeps; None keeps all, and the tokens come out as before
+    cross     how the cross-attention cache holds an audio; None is CrossConfig(), which is lossless too
 
     A model that is already patched takes the new settings.
     """
@@ -30,16 +34,33 @@ def patch(model, eviction: EvictionConfig | None = None):
     decoder = _decoder(whisper)
     if eviction is not None and not isinstance(eviction, EvictionConfig):
         raise ValueError(f"eviction must be an EvictionConfig or None; got {eviction!r}")
+    if cross is not None and not isinstance(cross, CrossConfig):
+        raise ValueError(f"cross must be a CrossConfig or None; got {cross!r}")
+    cross = cross or CrossConfig()
     for index, layer in enumerate(decoder.layers):
-        if type(layer.self_attn) not in (WhisperAttention, SelfAttention):
-            kind = type(layer.self_attn).__name__
-            raise TypeError(f"decoder layer {index}: self_attn is a {kind}, and whisperkv knows only WhisperAttention")
+        for name, ours in _ATTENTIONS.items():
+            kind = type(getattr(layer, name))
+            if kind not in (WhisperAttention, ours):
+                raise TypeError(
+                    f"decoder layer {index}: {name} is a {kind.__name__}, and whisperkv knows only WhisperAttention"
+                )
     _check_tensors(decoder)
+    _check_projections(decoder, cross)
+    encoder = _encoder(whisper)
+    if cross.trim != "off" and encoder is None:
+        raise ValueError(
+            f"CrossConfig.trim={cross.trim!r} needs the encoder, and {type(whisper).__name__} has none: use trim='off'"
+        )
     _refuse_while_generating(whisper, "patch")
-    _restore(decoder)
+    _restore(whisper)
     for layer in decoder.layers:
-        layer.self_attn.__class__ = SelfAttention
-    decoder.register_forward_pre_hook(CacheAdoption(eviction), with_kwargs=True)
+        for name, ours in _ATTENTIONS.items():
+            getattr(layer, name).__class__ = ours
+    listener = None
+    if cross.trim != "off":
+        listener = EncoderListener(cross.trim)
+        encoder.register_forward_hook(listener, with_kwargs=True)
+    decoder.register_forward_pre_hook(CacheAdoption(eviction, cross, listener), with_kwargs=True)
     return model
 
 
@@ -47,7 +68,7 @@ def unpatch(model):
     """Make the model exactly what it was before patch(), and return it. An unpatched model is left alone."""
     whisper = _whisper(model)
     _refuse_while_generating(whisper, "unpatch")
-    _restore(_decoder(whisper))
+    _restore(whisper)
     return model
 
 
@@ -65,8 +86,9 @@ def stats(model) -> Stats:
 class CacheAdoption:
     """A forward pre-hook of the decoder: a fresh cache is given our layers before anything enters it."""
 
-    def __init__(self, eviction):
-        self.eviction = eviction
+    def __init__(self, eviction, cross, listener):
+        self.eviction, self.cross = eviction, cross
+        self.listener = listener  # of the encoder, if frames are to be trimmed
         self.record = None  # of the cache that was last passed through the decoder
         self.decodes = 0
         self.note = ""
@@ -107,6 +129,9 @@ class CacheAdoption:
         if self.note:
             return None
         _check_tensors(decoder)
+        _check_projections(decoder, self.cross)
+        if states is not None:
+            _check_states(states, rows, config.d_model)
         if self.eviction is not None:
             self.eviction.check_prompt(tokens - (0 if padding is None else int(padding.min())))
 
@@ -133,7 +158,23 @@ class CacheAdoption:
             SelfCacheLayer(self.eviction, config.max_target_positions, padding, spare, record) for _ in decoder.layers
         ]
         own.layer_class_to_replicate = None
+        if states is not None:
+            self._adopt_cross(cache, states, record)
         return own.layers[0]
+
+    def _adopt_cross(self, cache, states, record):
+        owners = owners_of(states, self.cross.share_beams)
+        keep = None
+        if self.listener is not None:
+            first = torch.searchsorted(owners, torch.arange(int(owners[-1]) + 1, dtype=owners.dtype))
+            keep = self.listener.kept(states[first])
+            if keep is None:
+                self.note = "not trimmed: this encoder output was not made by the patched model's own encoder"
+        audios = Audios.gather(states, owners, keep, record.layers, record)
+        record.audios, record.frames_kept = len(audios), int(audios.lengths.sum())
+        cache.cross_attention_cache.layers = [CrossCacheLayer(self.cross, audios, owners) for _ in range(record.layers)]
+        cache.cross_attention_cache.layer_class_to_replicate = None
+        cache.is_updated = dict.fromkeys(range(record.layers), False)
 
 
 def _left_padding(mask, rows, tokens):
@@ -181,18 +222,30 @@ def _decoder(whisper):
     return next(module for module in whisper.modules() if isinstance(module, WhisperDecoder))
 
 
+def _encoder(whisper):
+    return next((module for module in whisper.modules() if isinstance(module, WhisperEncoder)), None)
+
+
 def _adoption(decoder):
     return next((hook for hook in decoder._forward_pre_hooks.values() if isinstance(hook, CacheAdoption)), None)
 
 
-def _restore(decoder):
+def _restore(whisper):
+    decoder, encoder = _decoder(whisper), _encoder(whisper)
     for layer in decoder.layers:
-        if type(layer.self_attn) is SelfAttention:
-            layer.self_attn.__class__ = WhisperAttention
-    for key, hook in list(decoder._forward_pre_hooks.items()):
-        if isinstance(hook, CacheAdoption):
-            del decoder._forward_pre_hooks[key]
-            decoder._forward_pre_hooks_with_kwargs.pop(key, None)
+        for name, ours in _ATTENTIONS.items():
+            if type(getattr(layer, name)) is ours:
+                getattr(layer, name).__class__ = WhisperAttention
+    _remove_hooks(decoder._forward_pre_hooks, decoder._forward_pre_hooks_with_kwargs, CacheAdoption)
+    if encoder is not None:
+        _remove_hooks(encoder._forward_hooks, encoder._forward_hooks_with_kwargs, EncoderListener)
+
+
+def _remove_hooks(hooks, with_kwargs, kind):
+    for key, hook in list(hooks.items()):
+        if isinstance(hook, kind):
+            del hooks[key]
+            with_kwargs.pop(key, None)
 
 
 def _check_tensors(decoder):
@@ -202,6 +255,30 @@ def _check_tensors(decoder):
     if weight.dtype not in _DTYPES:
         known = ", ".join(str(dtype).removeprefix("torch.") for dtype in _DTYPES)
         raise ValueError(f"the model is in {str(weight.dtype).removeprefix('torch.')}: whisperkv takes {known}")
+
+
+def _check_projections(decoder, cross):
+    """The latent formats read the weights themselves."""
+    if not cross.is_latent:
+        return
+    for index, layer in enumerate(decoder.layers):
+        for name in ("k_proj", "v_proj"):
+            module = getattr(layer.encoder_attn, name)
+            if type(module) is not torch.nn.Linear or module.weight.dtype != decoder.embed_tokens.weight.dtype:
+                kind = f"{type(module).__module__}.{type(module).__name__}"
+                raise ValueError(
+                    f"CrossConfig.format={cross.format!r} needs the plain weights of k_proj and v_proj, and {name} of "
+                    f"decoder layer {index} is a {kind}: merge the adapter (merge_and_unload()) or use a "
+                    "format that calls it ('model', 'int8', 'int4')"
+                )
+
+
+def _check_states(states, rows, width):
+    if states.dim() != 3 or states.shape[-1] != width or len(states) != rows:
+        raise ValueError(
+            f"the encoder's output must be [rows={rows}, frames, width={width}] for {rows} rows of tokens; "
+            f"got {list(states.shape)}"
+        )
 
 
 def _refuse_while_generating(whisper, action):

@@ -12,7 +12,9 @@ class Stats:
 
     rows: int = 0  # sequences decoded together, beams included
     tokens: int = 0  # length of the longest, prompt included
-    frames: int = 0  # encoder frames that each attends over
+    audios: int = 0  # that they decode
+    frames: int = 0  # that the encoder gives for each
+    frames_kept: int = 0  # of those of all audios together
     evicted: int = 0  # tokens that each layer has evicted, over all rows
     self_bytes: int = 0
     self_bytes_transformers: int = 0
@@ -22,7 +24,8 @@ class Stats:
     note: str = ""  # why the last decode was left to transformers, if it was
 
     def __str__(self):
-        lines = [f"{self.rows} rows, {self.tokens} tokens, {self.frames} frames, {self.evicted} tokens evicted"]
+        kept = f"{self.frames_kept} of {self.audios * self.frames} frames kept"
+        lines = [f"{self.rows} rows of {self.audios} audios, {self.tokens} tokens, {self.evicted} evicted, {kept}"]
         for name, ours, theirs in (
             ("self-attention", self.self_bytes, self.self_bytes_transformers),
             ("cross-attention", self.cross_bytes, self.cross_bytes_transformers),
@@ -44,6 +47,9 @@ class DecodeRecord:
     padding: int  # left padding, over all rows
     frames: int
     eviction: EvictionConfig | None
+    audios: int = 0
+    frames_kept: int = 0
+    cross_bytes: int = 0
     tokens: int = 0
 
     def stats(self, decodes, note) -> Stats:
@@ -58,11 +64,13 @@ class DecodeRecord:
         return Stats(
             rows=self.rows,
             tokens=self.tokens,
+            audios=self.audios,
             frames=self.frames,
+            frames_kept=self.frames_kept,
             evicted=evicted,
             self_bytes=token * slots + self.layers * state,
             self_bytes_transformers=token * self.tokens,
-            cross_bytes=token * self.frames,
+            cross_bytes=self.cross_bytes,
             cross_bytes_transformers=token * self.frames,
             decodes=decodes,
             note=note,

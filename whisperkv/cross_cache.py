@@ -1,0 +1,269 @@
+"""The cross-attention cache: one for each audio, shared by all the rows (beams, samples) that decode it.
+
+What it holds is a matter of format: keys and values of every layer as the model computes them or as codes of 8 or 4
+bits, or ("latent") the encoder's output alone, once for all layers. K = E Wk and V = E Wv + bv, so attention can run on
+E itself: the query times Wk before, Wv and bv after the weighted sum.
+"""
+
+import warnings
+from dataclasses import dataclass, field
+
+import torch
+from transformers.cache_utils import CacheLayerMixin
+
+from . import ops
+
+
+def owners_of(states, share):
+    """int32 [rows]: which audio each row decodes. Rows of one audio stand together and have the same states."""
+    rows, owner = len(states), 0
+    owners = torch.zeros(rows, dtype=torch.int32)
+    for row in range(1, rows):
+        owner += not (share and torch.equal(states[row], states[row - 1]))
+        owners[row] = owner
+    return owners
+
+
+@dataclass
+class Matrix:
+    """Frames of every audio and head, with what is needed to read them: floats [audios, heads, frames, dim], or codes
+    and scales of pack_frames()."""
+
+    data: torch.Tensor
+    scales: torch.Tensor
+    bits: int = 0
+
+    @classmethod
+    def of(cls, states, lengths, bits, group):
+        """From states [audios, frames, heads, dim]."""
+        if bits:
+            return cls(*ops.pack_frames(states.contiguous(), lengths, bits, group), bits)
+        return cls(states.transpose(1, 2).contiguous(), torch.empty(0))
+
+    @property
+    def nbytes(self):
+        return self.data.nbytes + self.scales.nbytes
+
+    def floats(self, frames, dim, group, dtype):
+        """[audios, heads, frames, dim]"""
+        if not self.bits:
+            return self.data
+        audios, heads, tiles, _, channels = self.data.shape
+        codes = self.data.view(audios, heads, tiles, -1, ops.TILE, 4)
+        if self.bits == 4:
+            codes = torch.stack([codes & 15, codes >> 4], 4).view(audios, heads, tiles, -1, ops.TILE, 4)
+        codes = codes.transpose(3, 4).reshape(audios, heads, -1, channels)[:, :, :frames]
+        step, low = (self.scales[:, :, :, part].repeat_interleave(group, 2)[:, :, :frames] for part in (0, 1))
+        return (codes * step + low)[..., :dim].to(dtype)
+
+
+@dataclass
+class Audios:
+    """What the encoder heard. All layers share it while they fill their caches, and the latent formats thereafter.
+
+    states   [audios, frames, width], of the frames that are kept; let go once the last layer has its keys and values
+    lengths  int32 [audios]: how many that is of each
+    kept     int64 [audios, frames]: where they stood in the encoder's output; None if all are kept
+    heard    frames in the encoder's output
+    """
+
+    states: torch.Tensor | None
+    lengths: torch.Tensor
+    kept: torch.Tensor | None
+    heard: int
+    layers: int
+    record: object
+    latent: Matrix | None = field(default=None, init=False)
+
+    @classmethod
+    def gather(cls, states, owners, keep, layers, record):
+        """Of each audio once. `keep` bool [audios, frames] or None."""
+        heard, audios = states.shape[1], int(owners[-1]) + 1
+        first = torch.searchsorted(owners, torch.arange(audios, dtype=owners.dtype))
+        states = states.detach()
+        if audios < len(states):
+            states = states[first]
+        if keep is None or bool(keep.all()):
+            return cls(states, torch.full((audios,), heard, dtype=torch.int32), None, heard, layers, record)
+        lengths = keep.sum(-1).int()
+        kept = (~keep).int().argsort(dim=-1, stable=True)[:, : int(lengths.max())]
+        states = states.gather(1, kept[..., None].expand(-1, -1, states.shape[-1]))
+        return cls(states, lengths, kept, heard, layers, record)
+
+    def __len__(self):
+        return len(self.lengths)
+
+    @property
+    def frames(self):
+        return self.heard if self.kept is None else self.kept.shape[1]
+
+    def filled(self, matrices):
+        """A layer has what it needs of the states."""
+        self.record.cross_bytes += sum(matrix.nbytes for matrix in matrices)
+        self.layers -= 1
+        if self.layers == 0:
+            self.states = None
+
+
+class CrossCacheLayer(CacheLayerMixin):
+    """One decoder layer's view of the audios.
+
+    owner         int32 [rows]: the audio of each row. Reordering and selecting rows changes this and nothing else.
+    keys_of_audios, values_of_audios  in the latent formats both are the one Matrix that all layers share
+    """
+
+    is_compileable = False
+    is_croppable = True
+    is_sliding = False
+    supports_early_init = False
+    max_cache_len = 0  # so generate() in transformers 5.10 never keeps a static cache with our layers for its next call
+
+    def __init__(self, config, audios, owner):
+        self.config = config
+        self.audios, self.owner = audios, owner
+        self.keys_of_audios = self.values_of_audios = None
+        self.is_initialized = False
+
+    # What attention calls
+
+    def fill(self, attention):
+        """Take from the encoder's states what this format keeps."""
+        audios, config = self.audios, self.config
+        states = audios.states
+        self.dtype, self.device = states.dtype, states.device
+        self.heads, self.head_dim = attention.num_heads, attention.head_dim
+        if config.is_latent:
+            if audios.latent is None:
+                audios.latent = Matrix.of(states[:, :, None], audios.lengths, config.bits, config.group)
+                audios.record.cross_bytes += audios.latent.nbytes
+            self.keys_of_audios = self.values_of_audios = audios.latent
+            audios.filled([])
+        else:
+            shape = (*states.shape[:2], self.heads, self.head_dim)
+            self.keys_of_audios, self.values_of_audios = (
+                Matrix.of(project(states).view(shape), audios.lengths, config.bits, config.group)
+                for project in (attention.k_proj, attention.v_proj)
+            )
+            audios.filled([self.keys_of_audios, self.values_of_audios])
+        self.is_initialized = True
+
+    def attend(self, query, attention, want_weights):
+        """query [rows, tokens, heads, head_dim], scaled: output of the same shape, and the weights over all frames
+        that were heard [rows, heads, tokens, frames] if they are wanted."""
+        if len(query) != len(self.owner):
+            raise ValueError(
+                f"the cross-attention cache is of {len(self.owner)} rows over {len(self.audios)} audios, and "
+                f"{len(query)} rows are being decoded: start from a fresh cache"
+            )
+        if want_weights and self.config.bits:
+            warnings.warn(
+                f'CrossConfig(format="{self.config.format}"): the attention weights (and times made of them) are those '
+                'of a quantized cache, not exact; format="model" or "latent" gives exact ones',
+                stacklevel=2,
+            )
+        if self.config.is_latent:
+            output, weights = self._attend_latent(query, attention, want_weights)
+        else:
+            output, weights = self._run(query, want_weights)
+        return output, self._all_frames(weights) if want_weights else None
+
+    # What transformers calls
+
+    def update(self, key_states, value_states, *args, **kwargs):
+        raise RuntimeError(
+            "this cross-attention cache was made for whisperkv's own attention: patch the model again, "
+            "or start from a fresh cache"
+        )
+
+    def lazy_initialization(self, key_states, value_states):
+        """fill() does this."""
+
+    def get_seq_length(self):
+        return self.audios.frames if self.is_initialized else 0
+
+    def get_mask_sizes(self, query_length):
+        return self.get_seq_length(), 0
+
+    def get_max_length(self):
+        return -1
+
+    get_max_cache_shape = get_max_length  # its name before transformers 5.17
+
+    @property
+    def batch_size(self):
+        return len(self.owner) if self.is_initialized else -1
+
+    max_batch_size = batch_size
+
+    def reset(self):
+        self.keys_of_audios = self.values_of_audios = None
+        self.is_initialized = False
+
+    def crop(self, tokens_to_keep_or_remove):
+        """The audio stays whatever becomes of its tokens."""
+
+    def reorder_cache(self, beam_idx):
+        self.batch_select_indices(beam_idx)
+
+    def batch_select_indices(self, indices):
+        self.owner = self.owner[indices.to(self.owner.device)]
+
+    def batch_repeat_interleave(self, repeats):
+        self.owner = self.owner.repeat_interleave(repeats)
+
+    def offload(self):
+        """Nothing is worth moving."""
+
+    prefetch = offload
+
+    @property
+    def keys(self):
+        """[rows, heads, frames, head_dim], of the frames that are kept."""
+        return self._of_rows(self.keys_of_audios)
+
+    @property
+    def values(self):
+        return self._of_rows(self.values_of_audios)
+
+    # How it works
+
+    def _of_rows(self, matrix):
+        if matrix is None:
+            return None
+        if self.config.is_latent:
+            raise RuntimeError(
+                f'CrossConfig(format="{self.config.format}") holds no keys and values, but the encoder\'s output: '
+                'use format="model", "int8" or "int4"'
+            )
+        return matrix.floats(self.audios.frames, self.head_dim, self.config.group, self.dtype)[self.owner]
+
+    def _run(self, query, want_weights):
+        keys, values, audios = self.keys_of_audios, self.values_of_audios, self.audios
+        return ops.cross_attention(
+            query, keys.data, values.data, keys.scales, values.scales, self.owner, audios.lengths,
+            audios.frames, self.config.group, 1.0, want_weights,
+        )  # fmt: skip
+
+    def _attend_latent(self, query, attention, want_weights):
+        rows, tokens, heads, head_dim = query.shape
+        width = heads * head_dim
+        by_head = query.reshape(-1, heads, head_dim).transpose(0, 1)  # [heads, rows * tokens, head_dim]
+        folded = by_head @ attention.k_proj.weight.view(heads, head_dim, width)
+        folded = folded.transpose(0, 1).contiguous().view(rows, tokens * heads, 1, width)
+        mixed, weights = self._run(folded, want_weights)
+        mixed = mixed.view(-1, heads, width).transpose(0, 1)
+        output = mixed @ attention.v_proj.weight.view(heads, head_dim, width).transpose(1, 2)
+        output = output.transpose(0, 1).reshape(query.shape)
+        if attention.v_proj.bias is not None:
+            output += attention.v_proj.bias.view(heads, head_dim)
+        if want_weights:
+            weights = weights.view(rows, tokens, heads, -1).transpose(1, 2)
+        return output, weights
+
+    def _all_frames(self, weights):
+        """Each weight at the time of its frame; 0 for frames that were not kept."""
+        if self.audios.kept is None:
+            return weights
+        full = weights.new_zeros(*weights.shape[:-1], self.audios.heard)
+        at = self.audios.kept[self.owner][:, None, None, :].expand(weights.shape)
+        return full.scatter_(-1, at, weights)

@@ -1,0 +1,43 @@
+"""What the encoder hears is noted here, since the decoder is given its output alone."""
+
+import hashlib
+from collections import OrderedDict
+
+import torch
+
+from .trim import kept_frames
+
+
+class EncoderListener:
+    """A forward hook of the encoder: it notes which frames of each audio are worth keeping, for the decoder to find
+    them by the encoder's output."""
+
+    MOST = 4096  # audios remembered
+
+    def __init__(self, trim):
+        self.trim = trim
+        self._kept = OrderedDict()  # of a digest of the audio's states: bool [frames]
+
+    def __call__(self, encoder, args, kwargs, output):
+        features = args[0] if args else kwargs.get("input_features")
+        mask = args[1] if len(args) > 1 else kwargs.get("attention_mask")
+        for states, kept in zip(output[0], kept_frames(features, mask, self.trim)):
+            self._kept[self._digest(states)] = kept
+        while len(self._kept) > self.MOST:
+            self._kept.popitem(last=False)
+
+    def kept(self, states):
+        """bool [audios, frames], or None if one of these audios has not been heard."""
+        found = [self._kept.get(self._digest(each)) for each in states]
+        return None if any(each is None for each in found) else torch.stack(found)
+
+    @staticmethod
+    def _digest(states):
+        sample = states.detach()[:: max(len(states) // 16, 1)].contiguous()
+        return hashlib.blake2b(sample.view(torch.uint8).numpy(), digest_size=16).digest()
+
+    def __deepcopy__(self, memo):
+        return EncoderListener(self.trim)
+
+    def __getstate__(self):
+        return {"trim": self.trim, "_kept": OrderedDict()}
