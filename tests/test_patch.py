@@ -204,7 +204,8 @@ def test_stats_are_the_bytes_held(small, audio, eviction, beams):
     ]
     assert got.self_bytes == sum(t.nbytes for t in tensors if t is not None)
     cross = output.past_key_values.cross_attention_cache.layers
-    assert got.cross_bytes == sum(layer.keys.nbytes + layer.values.nbytes for layer in cross)
+    assert got.cross_bytes == sum(layer.keys_of_audios.nbytes + layer.values_of_audios.nbytes for layer in cross)
+    assert got.cross_bytes * beams == got.cross_bytes_transformers
     assert (got.rows, got.tokens, got.frames, got.decodes) == (3 * beams, 40, 50, 1)
     unpatch(small)
     theirs = generate(small, audio, num_beams=beams, return_dict_in_generate=True).past_key_values

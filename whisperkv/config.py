@@ -76,7 +76,8 @@ class CrossConfig(_Config):
                  "latent_int8", "latent_int4": that copy as codes, the smallest there is.
     trim         "off": all frames are kept;
                  "padding": of the padding after the speech, every 16th frame is kept;
-                 "silence": so it is of the silent stretches inside the audio.
+                 "silence": and of the silent stretches inside the audio, every 4th. Energy finds them, or Silero VAD
+                 once the processor is passed to whisperkv.listen().
     share_beams  rows with the same encoder output (beams, returned sequences) share one cache. Lossless.
     group        frames that share a scale, in the formats of codes: 16, 32, 64, 128 or a multiple of 256. Smaller
                  groups are more exact and larger in memory.

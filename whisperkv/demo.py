@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from .config import EvictionConfig
+from .config import CrossConfig, EvictionConfig
 from .ctranslate2 import load_ctranslate2
 from .patching import patch, stats, unpatch
 
@@ -19,7 +19,9 @@ ROUNDS, PATIENCE = 4, 60  # the best of so many; only two of them once so many s
 WAYS = {
     "transformers": unpatch,
     "whisperkv, lossless": patch,
-    "whisperkv, 32 + 16 tokens": lambda model: patch(model, EvictionConfig(recent=32, heavy=16)),
+    "whisperkv, smallest": lambda model: patch(
+        model, EvictionConfig(recent=32, heavy=16), CrossConfig("latent_int4", trim="padding")
+    ),
 }
 
 
@@ -115,7 +117,7 @@ def main(arguments=None):
     parser = argparse.ArgumentParser(
         prog="python -m whisperkv.demo",
         description="Transcribes a recording with Whisper tiny.en three times: by transformers alone, with "
-        "whisperkv, and with whisperkv keeping 48 tokens in the self-attention cache.",
+        "whisperkv, lossless, and with the smallest caches: 48 tokens, and the audio as codes of 4 bits.",
     )
     parser.add_argument("audio", nargs="?", help="WAV, FLAC, OGG or MP3, of any length (default: a clip of 29 s)")
     options = parser.parse_args(arguments)

@@ -1,0 +1,76 @@
+"""Which frames of the encoder the cross-attention cache keeps: speech, and a few of the silence around it."""
+
+import torch
+
+from . import voice
+
+# Frames of 20 ms, held to real recordings.
+EVERY = 16  # Whisper looks at the padding after the speech and gets lost without any: this many-th frame stays
+WITHIN = 4  # so it is with silence inside the audio, but at every 16th or 8th frame some transcripts loop or lose words
+MARGIN = 25  # around speech, which fades in and out below any threshold; likelihood drops with less
+STRETCH = 51  # a shorter pause inside speech is left alone; an odd number
+# Energies are means over log-mel bands, where 0.25 is 10 dB.
+QUIET = 0.25  # silence lies below this part of the way from the noise floor to loud speech
+CONTRAST = 0.2  # if those two are closer, the one cannot be told from the other, and everything is kept
+GAP = 8  # columns that voice.listen() may have forgotten
+
+
+def kept_frames(features, attention_mask, trim):
+    """bool [audios, frames]: the frames to keep.
+
+    features        the encoder's input_features [audios, mels, columns], of any float dtype; two columns make a frame
+    attention_mask  of the columns, or None; one of another shape, as in long-form generate(), is not looked at
+    trim            "padding": of the padding after the speech, every 16th frame is kept;
+                    "silence": and of silent stretches in the audio, found by voice.listen() or energy, every 4th
+
+    Without a mask, padding is what is flat over all mels: digital silence and the zeros that generate() appends. Audio
+    that is dithered has none. An audio that holds anything but numbers is kept whole.
+    """
+    columns, frames = features.shape[-1], features.shape[-1] // 2
+    values = features.float()  # four times as fast to search as bfloat16
+    low, high = values.amin(1), values.amax(1)  # [audios, columns]
+    flat = low == high
+    heard = ~flat
+    if attention_mask is not None and attention_mask.shape == flat.shape:
+        heard = attention_mask.to(flat.device).bool()
+    after = torch.arange(1, columns + 1, device=flat.device)
+    ends = (heard * after).amax(-1, keepdim=True)
+    padding = silent = _frames(after > ends, frames)
+    if trim == "silence":
+        silent = _stretches(padding | _quiet(values, flat, flat | (after > ends)))
+    kept = _widened(~(silent | padding), 2 * MARGIN + 1)
+    kept[:, ::EVERY] = True
+    kept[:, ::WITHIN] |= ~padding[:, ::WITHIN]
+    return kept | ~(low.isfinite() & high.isfinite()).all(-1, keepdim=True)
+
+
+def _quiet(features, flat, empty):
+    """bool [audios, frames]: by Silero where it was heard, elsewhere by energy. Flat columns are quiet in any case, and
+    those that are empty say nothing of the noise floor."""
+    energy = features.mean(1).masked_fill(empty, float("nan"))
+    floor, loud = torch.nanquantile(energy, energy.new_tensor([0.1, 0.95]), dim=-1, keepdim=True)
+    quiet = (energy < floor + QUIET * (loud - floor)) & (loud - floor >= CONTRAST)
+    heard = voice.silent_columns(features)
+    if heard is not None:
+        known, silent = heard
+        at = torch.arange(known.shape[-1], device=known.device)
+        last = (known * at).cummax(-1).values  # the memory has gaps: the last known column speaks for a few more
+        quiet = torch.where(known.gather(-1, last) & (at - last < GAP), silent.gather(-1, last), quiet)
+    return _frames(quiet | flat, features.shape[-1] // 2)
+
+
+def _frames(columns, frames):
+    """What holds for both columns of a frame."""
+    return columns[:, : 2 * frames].unflatten(-1, (frames, 2)).all(-1)
+
+
+def _stretches(silent):
+    """Without those shorter than STRETCH. Before the audio and after it there is silence."""
+    cores = ~_widened(~silent, STRETCH)
+    return _widened(cores, STRETCH)
+
+
+def _widened(marked, width):
+    """True wherever a mark is within width // 2 frames."""
+    pooled = torch.nn.functional.max_pool1d(marked[:, None].float(), width, stride=1, padding=width // 2)
+    return pooled[:, 0] > 0
