@@ -61,16 +61,16 @@ def read_audio(path):
     return samples
 
 
-def transcribe(model, processor, samples):
+def transcribe(model, processor, samples, beams):
     """The tokens of a recording of any length."""
     if len(samples) <= WINDOW * RATE:
-        return model.generate(**processor(samples, sampling_rate=RATE, return_tensors="pt"))[0]
+        return model.generate(**processor(samples, sampling_rate=RATE, return_tensors="pt"), num_beams=beams)[0]
     whole = {"truncation": False, "padding": "longest", "return_attention_mask": True}
     inputs = processor(samples, sampling_rate=RATE, return_tensors="pt", **whole)
-    return model.generate(**inputs, return_timestamps=True)[0]
+    return model.generate(**inputs, return_timestamps=True, num_beams=beams)[0]
 
 
-def compare(model, processor, samples):
+def compare(model, processor, samples, beams):
     """{way: (tokens, seconds, Stats or None)}. The ways take turns, so that a busy moment hits all alike."""
     best, start = {}, time.perf_counter()
     for turn in range(ROUNDS):
@@ -79,7 +79,7 @@ def compare(model, processor, samples):
         for way, prepare in WAYS.items():
             prepare(model)
             before = time.perf_counter()
-            tokens = transcribe(model, processor, samples)
+            tokens = transcribe(model, processor, samples, beams)
             seconds = time.perf_counter() - before
             print(f"round {turn + 1} of {ROUNDS}: {way}, {seconds:.2f} s", file=sys.stderr)
             if way not in best or seconds < best[way][1]:
@@ -120,7 +120,10 @@ def main(arguments=None):
         "whisperkv, lossless, and with the smallest caches: 48 tokens, and the audio as codes of 4 bits.",
     )
     parser.add_argument("audio", nargs="?", help="WAV, FLAC, OGG or MP3, of any length (default: a clip of 29 s)")
+    parser.add_argument("--beams", type=int, default=5, help="of beam search; 1 is greedy (default: %(default)s)")
     options = parser.parse_args(arguments)
+    if options.beams < 1:
+        parser.error(f"argument --beams: 1 or more, got {options.beams}")
     try:
         samples = read_audio(options.audio) if options.audio else demo_audio()[0]
         model, processor = demo_model()
@@ -132,10 +135,11 @@ def main(arguments=None):
     transformers.logging.set_verbosity_error()
     seconds, threads = len(samples) / RATE, torch.get_num_threads()
     print(
-        f"{options.audio or 'the demo clip'}: {seconds:.1f} s of audio; tiny.en, float32, {threads} threads\n",
+        f"{options.audio or 'the demo clip'}: {seconds:.1f} s of audio; tiny.en, float32, "
+        f"{options.beams} beam(s), {threads} thread(s)\n",
         flush=True,
     )
-    best = compare(model, processor, samples)
+    best = compare(model, processor, samples, options.beams)
     print(table(best))
     if seconds > WINDOW:
         print("(caches and evicted tokens: of the last window of 30 s)")

@@ -18,7 +18,7 @@ struct work {
   /* of a packed cache */
   float *folded;         /* [channels] */
   int32_t *query_codes;  /* [queries, channels / 4], four channels in each */
-  int32_t *weight_codes; /* [queries, WKV_BLOCK / 4, 4], four frames in each, four times over */
+  int32_t *weight_codes; /* [queries, WKV_BLOCK / 4, 4], four frames in each, four times over; or in bfloat16 */
   float *sums[WKV_TOGETHER];   /* of each query: [channels] */
   float *totals[WKV_TOGETHER]; /* of each query: largest logit, sum of exponentials */
   float *weights[WKV_TOGETHER]; /* of each query: [frames], NULL if not wanted */
@@ -38,10 +38,30 @@ enum {
   PAIRS = 2 /* pairs of vectors of channels whose sums stay in registers */
 };
 
+/* Whether the products of queries and keys, and of weights and values, are left to instructions for bfloat16. Then a
+ * query is held in bfloat16, which it was before, and the weights are rounded to it. */
+INLINE bool in_bfloat16(const enum wkv_dtype dtype) { return MULTIPLIES_BFLOAT16 && dtype == WKV_BFLOAT16; }
+
+/* The first n <= PAIR numbers at p as they are, two to a lane, then zeros. */
+INLINE vu load_raw(const void *const p, const int64_t n) {
+  vu x = {0};
+  memcpy(&x, p, n == PAIR ? sizeof x : (size_t)n * 2);
+  return x;
+}
+
 /* sums[i][r] += query i . row r, over n <= PAIR channels from d on; `sums` has room for `rows` of each query. */
 INLINE void multiply_rows(const enum wkv_dtype dtype, vf *const sums, const int rows, const float *const queries,
                           const int64_t stride, const int some, const void *const *const row, const int count,
                           const int64_t d, const int64_t n) {
+  if (in_bfloat16(dtype)) {
+    vu key[ROWS];
+    for (int r = 0; r < count; r++) key[r] = load_raw(at(dtype, row[r], d), n);
+    for (int i = 0; i < some; i++) {
+      const vu query = load_raw(at(dtype, queries + i * stride, d), PAIR);
+      for (int r = 0; r < count; r++) sums[i * rows + r] = multiply_bfloat16(key[r], query, sums[i * rows + r]);
+    }
+    return;
+  }
   struct pair key[ROWS];
   for (int r = 0; r < count; r++) key[r] = load_some(dtype, at(dtype, row[r], d), n);
   for (int i = 0; i < some; i++) {
@@ -103,15 +123,36 @@ INLINE void mix_some(const enum wkv_dtype dtype, const struct work *const w, con
   vf sums[SOME][2 * PAIRS];
   for (int i = 0; i < some; i++)
     for (int p = 0; p < 2 * pairs; p++) sums[i][p] = load(w->sums[query + i] + channel + p * W) * w->shrink[query + i];
-  for (int64_t f = 0; f < frames; f++) {
-    struct pair value[PAIRS];
-    for (int p = 0; p < pairs; p++)
-      value[p] = load_some(dtype, at(dtype, w->values, (first + f) * head_dim + channel + p * PAIR), pairs == 1 ? n : PAIR);
-    for (int i = 0; i < some; i++) {
-      const vf weight = splat(weights[i * WKV_BLOCK + f]);
+  if (in_bfloat16(dtype)) {
+    for (int64_t f = 0; f < frames; f += 2) {
+      const void *const row = at(dtype, w->values, (first + f) * head_dim + channel);
+      const void *const next = at(dtype, row, f + 1 < frames ? head_dim : 0); /* the last may be alone: weight 0 */
+      vu even[PAIRS], odd[PAIRS]; /* channels, of both rows */
       for (int p = 0; p < pairs; p++) {
-        sums[i][2 * p] = multiply_add(weight, value[p].a, sums[i][2 * p]);
-        sums[i][2 * p + 1] = multiply_add(weight, value[p].b, sums[i][2 * p + 1]);
+        const int64_t m = pairs == 1 ? n : PAIR;
+        const vu x = load_raw(at(dtype, row, p * PAIR), m), y = load_raw(at(dtype, next, p * PAIR), m);
+        even[p] = (x & 0xffff) | y << 16;
+        odd[p] = x >> 16 | (y & 0xffff0000);
+      }
+      for (int i = 0; i < some; i++) {
+        const vu weight = (vu){0} + (uint32_t)w->weight_codes[(query + i) * WKV_BLOCK + f / 2];
+        for (int p = 0; p < pairs; p++) {
+          sums[i][2 * p] = multiply_bfloat16(even[p], weight, sums[i][2 * p]);
+          sums[i][2 * p + 1] = multiply_bfloat16(odd[p], weight, sums[i][2 * p + 1]);
+        }
+      }
+    }
+  } else {
+    for (int64_t f = 0; f < frames; f++) {
+      struct pair value[PAIRS];
+      for (int p = 0; p < pairs; p++)
+        value[p] = load_some(dtype, at(dtype, w->values, (first + f) * head_dim + channel + p * PAIR), pairs == 1 ? n : PAIR);
+      for (int i = 0; i < some; i++) {
+        const vf weight = splat(weights[i * WKV_BLOCK + f]);
+        for (int p = 0; p < pairs; p++) {
+          sums[i][2 * p] = multiply_add(weight, value[p].a, sums[i][2 * p]);
+          sums[i][2 * p + 1] = multiply_add(weight, value[p].b, sums[i][2 * p + 1]);
+        }
       }
     }
   }
@@ -130,6 +171,10 @@ INLINE void mix_channels(const enum wkv_dtype dtype, const struct work *const w,
 INLINE void mix_floats(const enum wkv_dtype dtype, const struct work *const w, const int64_t first,
                        const int64_t frames) {
   const int64_t head_dim = w->head_dim;
+  if (in_bfloat16(dtype))
+    for (int64_t q = 0; q < w->queries; q++)
+      for (int64_t f = 0; f < frames; f += W)
+        store_in_order(dtype, at_mut(dtype, w->weight_codes + q * WKV_BLOCK, f), load(w->logits + q * WKV_BLOCK + f), W);
   int64_t channel = 0;
   for (; channel + PAIRS * PAIR <= head_dim; channel += PAIRS * PAIR)
     mix_channels(dtype, w, first, frames, channel, PAIRS, PAIR);
@@ -354,8 +399,13 @@ INLINE void load_query(const enum wkv_dtype dtype, const bool packed, const void
     if (n > 0 && !packed) x = load_some(dtype, at(dtype, from, d), n);
     if (n > 0 && packed) x.a = load_in_order(dtype, at(dtype, from, d), least(n, W));
     if (n > W && packed) x.b = load_in_order(dtype, at(dtype, from, d + W), n - W);
-    store(to + d, x.a * scale);
-    store(to + d + W, x.b * scale);
+    x = (struct pair){x.a * scale, x.b * scale};
+    if (in_bfloat16(dtype) && !packed) {
+      store_full(dtype, at_mut(dtype, to, d), x);
+    } else {
+      store(to + d, x.a);
+      store(to + d + W, x.b);
+    }
   }
 }
 

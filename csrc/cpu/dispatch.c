@@ -9,6 +9,7 @@ WKV_DECLARE_KERNELS(portable)
 WKV_DECLARE_KERNELS(avx2)
 WKV_DECLARE_KERNELS(avx512)
 WKV_DECLARE_KERNELS(avx512_vnni)
+WKV_DECLARE_KERNELS(avx512_bf16)
 
 static bool runs_portable(void) { return true; }
 
@@ -28,6 +29,10 @@ static bool runs_avx512(void) {
 static bool runs_avx512_vnni(void) { return runs_avx512() && __builtin_cpu_supports("avx512vnni"); }
 #endif
 
+#ifdef WKV_HAVE_AVX512_BF16
+static bool runs_avx512_bf16(void) { return runs_avx512_vnni() && __builtin_cpu_supports("avx512bf16"); }
+#endif
+
 struct variant {
   struct wkv_cpu_kernels kernels;
   bool (*runs)(void);
@@ -39,6 +44,9 @@ struct variant {
 
 /* Best first. */
 static const struct variant variants[] = {
+#ifdef WKV_HAVE_AVX512_BF16
+    VARIANT(avx512_bf16),
+#endif
 #ifdef WKV_HAVE_AVX512_VNNI
     VARIANT(avx512_vnni),
 #endif

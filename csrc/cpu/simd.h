@@ -217,6 +217,20 @@ INLINE vi multiply_bytes(const vi a, const vi b, const vi sum) {
 #endif
 }
 
+/* Each 32 bit lane: sum + the products of its two bfloat16, added up. Instructions for it came with AVX512-BF16. */
+#ifdef __AVX512BF16__
+enum { MULTIPLIES_BFLOAT16 = 1 };
+INLINE vf multiply_bfloat16(const vu a, const vu b, const vf sum) {
+  return (vf)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b);
+}
+#else
+enum { MULTIPLIES_BFLOAT16 = 0 };
+INLINE vf multiply_bfloat16(const vu a, const vu b, const vf sum) {
+  const vf low = multiply_add((vf)(a << 16), (vf)(b << 16), sum);
+  return multiply_add((vf)(a & 0xffff0000), (vf)(b & 0xffff0000), low);
+}
+#endif
+
 /* ---- across lanes ---- */
 
 #ifdef __clang__
