@@ -18,6 +18,7 @@ if platform.machine() in ("x86_64", "AMD64"):
     ISAS["avx512"] = "-mavx512f -mavx512bw -mavx512vl -mavx512dq".split() + ISAS["avx2"]
     ISAS["avx512_vnni"] = ["-mavx512vnni", *ISAS["avx512"]]
     ISAS["avx512_bf16"] = ["-mavx512bf16", *ISAS["avx512_vnni"]]
+    ISAS["amx"] = ["-DWKV_AMX", "-mamx-tile", "-mamx-int8", *ISAS["avx512_bf16"]]
 
 KERNELS = [f"csrc/cpu/{name}.c" for name in ("self", "cross", "pack")]
 

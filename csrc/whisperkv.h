@@ -133,7 +133,7 @@ struct wkv_cpu_kernels {
   void (*cross_finish)(const struct wkv_cross_attention *, int64_t begin, int64_t end);
 };
 
-/* The kernels for this machine, or for the instruction set named ("portable", "avx2", "avx512", "avx512_vnni", "avx512_bf16"); NULL with a
+/* The kernels for this machine, or for the instruction set named ("portable", "avx2", "avx512", "avx512_vnni", "avx512_bf16", "amx"); NULL with a
  * reason written to error if that one is unknown or not supported here. isa NULL or "" means the best. */
 const struct wkv_cpu_kernels *wkv_cpu_select(const char *isa, char *error, size_t error_size);
 

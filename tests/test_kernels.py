@@ -531,7 +531,7 @@ def test_an_unknown_instruction_set_is_explained():
     assert "portable" in result.stderr.splitlines()[-1]
 
 
-@pytest.mark.parametrize("isa", ["portable", "avx2", "avx512", "avx512_vnni", "avx512_bf16"])
+@pytest.mark.parametrize("isa", ["portable", "avx2", "avx512", "avx512_vnni", "avx512_bf16", "amx"])
 def test_every_instruction_set(isa):
     if isa == _numpy.ISA:
         pytest.skip("the one that all other tests here run in")

@@ -186,7 +186,7 @@ class TestValues:
                 assert_same_bits(results[0][name], other[name])
 
 
-@pytest.mark.parametrize("isa", ["portable", "avx2", "avx512", "avx512_vnni", "avx512_bf16"])
+@pytest.mark.parametrize("isa", ["portable", "avx2", "avx512", "avx512_vnni", "avx512_bf16", "amx"])
 def test_every_instruction_set(isa):
     env = os.environ | {"WHISPERKV_ISA": isa, "OMP_NUM_THREADS": "1"}
     code = "from whisperkv import _torch; print(_torch.ISA)"

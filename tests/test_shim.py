@@ -118,7 +118,7 @@ def test_bad_isa(module):
 
 def test_empty_isa_means_the_best():
     run = python("import whisperkv._torch as t; print(t.ISA)", WHISPERKV_ISA="")
-    assert run.stdout.strip() in ("portable", "avx2", "avx512", "avx512_vnni", "avx512_bf16")
+    assert run.stdout.strip() in ("portable", "avx2", "avx512", "avx512_vnni", "avx512_bf16", "amx")
 
 
 def test_no_torch_and_no_python_version_at_build_time():

@@ -5,6 +5,9 @@
 
 #include "isa.h"
 #include "softmax.h"
+#ifdef WKV_AMX
+#include "amx.h"
+#endif
 
 /* One part, head and range of frames being worked on. Queries are those of the part, counted from 0. */
 struct work {
@@ -267,6 +270,12 @@ INLINE struct line fold_query(const int bits, const struct work *const w, const 
   return (struct line){sum_of(offset), unit, sum * middle(bits)};
 }
 
+INLINE void store_logits(const struct work *const w, const int64_t query, const int64_t place, const struct line line,
+                         const vi products) {
+  store(w->logits + query * WKV_BLOCK + place,
+        multiply_add(__builtin_convertvector(products - line.middles, vf), splat(line.unit), splat(line.offset)));
+}
+
 INLINE void score_tiles(const int bits, const struct work *const w, const int64_t first, const int64_t frames,
                         const struct line *const lines, const int64_t query, const int some) {
   const int64_t quads = w->channels / 4, tile = w->channels * 2 * bits, from = first / WKV_TILE * tile;
@@ -277,32 +286,134 @@ INLINE void score_tiles(const int bits, const struct work *const w, const int64_
     vi sums[ABREAST];
     multiply_tile(bits, w, (const uint8_t *)w->keys + place + f % WKV_TILE * 4, w->query_codes + query * quads, some,
                   sums);
-    for (int i = 0; i < some; i++) {
-      const struct line line = lines[query + i];
-      store(w->logits + (query + i) * WKV_BLOCK + f,
-            multiply_add(__builtin_convertvector(sums[i] - line.middles, vf), splat(line.unit), splat(line.offset)));
+    for (int i = 0; i < some; i++) store_logits(w, query + i, f, lines[query + i], sums[i]);
+  }
+}
+
+/* sums = shrink * sums + weights * values for W channels, of the products of their codes. */
+INLINE void add_products(const int bits, const struct work *const w, const int64_t query, const int64_t first,
+                         const int64_t channel, const struct line line, const vf products) {
+  const float *const step = w->value_scales + first / w->a->group * 2 * w->channels + channel;
+  float *const sums = w->sums[query] + channel;
+  const vf s = load(step), base = multiply_add(s, splat((float)middle(bits)), load(step + w->channels));
+  const vf scaled = (products - (float)line.middles) * line.unit;
+  store(sums, multiply_add(scaled, s, multiply_add(base, splat(line.offset), load(sums) * w->shrink[query])));
+}
+
+#ifdef WKV_AMX
+/* ---- the same on AMX tiles, where many queries share a cache: the products are the same to the bit ---- */
+
+INLINE bool worth_tiles(const struct work *const w) { return w->queries >= 8 && w->channels % AMX_BYTES == 0; }
+
+/* 16 quads of channels of a tile of frames, and of 8 bits in any case. */
+INLINE const void *quads_of_tile(const int bits, const uint8_t *const codes, const int64_t channel, uint8_t *const room) {
+  if (bits == 8) return codes + channel * WKV_TILE;
+  for (int pair = 0; pair < 8; pair++) {
+    const vi x = load_codes(codes + channel * WKV_TILE / 2 + pair * 64), both[] = {low_halves(x), high_halves(x)};
+    memcpy(room + pair * 128, both, sizeof both);
+  }
+  return room;
+}
+
+static void score_on_tiles(const int bits, const struct work *const w, const int64_t first, const int64_t frames,
+                           const struct line *const lines) {
+  const struct amx_shape shape = amx_shape(w->queries);
+  const int64_t tile = w->channels * 2 * bits;
+  uint8_t room[AMX_ROWS * AMX_BYTES];
+  vi products[WKV_TOGETHER];
+  amx_start(&shape);
+  for (int64_t f = 0; f < frames; f += WKV_TILE) {
+    const uint8_t *const codes = (const uint8_t *)w->keys + (first + f) / WKV_TILE * tile;
+    amx_clear(AMX_SUMS);
+    if (w->queries > AMX_ROWS) amx_clear(AMX_MORE_SUMS);
+    for (int64_t channel = 0; channel < w->channels; channel += AMX_BYTES) {
+      const char *const queries = (const char *)w->query_codes + channel;
+      amx_load(AMX_CACHE, quads_of_tile(bits, codes, channel, room), AMX_BYTES);
+      amx_load(AMX_QUERIES, queries, w->channels);
+      amx_multiply(AMX_SUMS, AMX_QUERIES, AMX_CACHE);
+      if (w->queries <= AMX_ROWS) continue;
+      amx_load(AMX_MORE_QUERIES, queries + AMX_ROWS * w->channels, w->channels);
+      amx_multiply(AMX_MORE_SUMS, AMX_MORE_QUERIES, AMX_CACHE);
+    }
+    amx_store(AMX_SUMS, products, AMX_BYTES);
+    if (w->queries > AMX_ROWS) amx_store(AMX_MORE_SUMS, products + AMX_ROWS, AMX_BYTES);
+    for (int64_t q = 0; q < w->queries; q++) store_logits(w, q, f, lines[q], products[q]);
+  }
+  amx_stop();
+}
+
+/* 16 channels of 64 frames, four frames to a lane: what a tile of the cache must be to be multiplied by weights. */
+INLINE void turn(const int bits, const uint8_t *const codes, const int64_t tile, const int64_t tiles, uint8_t *const to) {
+  for (int64_t t = 0; t < AMX_BYTES / WKV_TILE; t++) {
+    vi x[4] = {0};
+    for (int q = 0; q < 4 && t < tiles; q++) {
+      if (bits == 8) x[q] = load_codes(codes + t * tile + q * 64);
+      else if (q % 2) x[q] = high_halves(x[q - 1]), x[q - 1] = low_halves(x[q - 1]);
+      else x[q] = load_codes(codes + t * tile + q * 32);
+    }
+    for (int q = 0; q < 4; q++) {
+      const vi turned = transpose_bytes(x[q]);
+      for (int quad = 0; quad < 4; quad++)
+        memcpy(to + (4 * t + quad) * AMX_BYTES + q * 16, (const char *)&turned + quad * 16, 16);
     }
   }
 }
+
+static void mix_on_tiles(const int bits, const struct work *const w, const int64_t first, const int64_t frames,
+                         const struct line *const lines) {
+  const struct amx_shape shape = amx_shape(w->queries);
+  const int64_t tile = w->channels * 2 * bits, tiles = round_up(frames, WKV_TILE) / WKV_TILE;
+  uint8_t room[AMX_ROWS * AMX_BYTES];
+  vi products[WKV_TOGETHER];
+  amx_start(&shape);
+  for (int64_t channel = 0; channel < w->channels; channel += 16) {
+    const uint8_t *const codes = (const uint8_t *)w->values + first / WKV_TILE * tile + channel * 2 * bits;
+    amx_clear(AMX_SUMS);
+    if (w->queries > AMX_ROWS) amx_clear(AMX_MORE_SUMS);
+    for (int64_t t = 0; t < tiles; t += AMX_BYTES / WKV_TILE) {
+      const char *const weights = (const char *)w->weight_codes + t * WKV_TILE;
+      turn(bits, codes + t * tile, tile, tiles - t, room);
+      amx_load(AMX_CACHE, room, AMX_BYTES);
+      amx_load(AMX_QUERIES, weights, WKV_BLOCK);
+      amx_multiply(AMX_SUMS, AMX_QUERIES, AMX_CACHE);
+      if (w->queries <= AMX_ROWS) continue;
+      amx_load(AMX_MORE_QUERIES, weights + AMX_ROWS * WKV_BLOCK, WKV_BLOCK);
+      amx_multiply(AMX_MORE_SUMS, AMX_MORE_QUERIES, AMX_CACHE);
+    }
+    amx_store(AMX_SUMS, products, AMX_BYTES);
+    if (w->queries > AMX_ROWS) amx_store(AMX_MORE_SUMS, products + AMX_ROWS, AMX_BYTES);
+    for (int64_t q = 0; q < w->queries; q++)
+      add_products(bits, w, q, first, channel, lines[q], __builtin_convertvector(products[q], vf));
+  }
+  amx_stop();
+}
+#endif
 
 INLINE void score_codes(const int bits, const struct work *const w, const int64_t first, const int64_t frames) {
   const float *const step = w->key_scales + first / w->a->group * 2 * w->channels;
   struct line lines[WKV_TOGETHER];
   for (int64_t q = 0; q < w->queries; q++) lines[q] = fold_query(bits, w, q, step, step + w->channels);
+#ifdef WKV_AMX
+  if (worth_tiles(w)) return score_on_tiles(bits, w, first, frames, lines);
+#endif
   int64_t query = 0;
   for (; query + ABREAST <= w->queries; query += ABREAST) score_tiles(bits, w, first, frames, lines, query, ABREAST);
   for (; query + MIXED <= w->queries; query += MIXED) score_tiles(bits, w, first, frames, lines, query, MIXED);
   for (; query < w->queries; query++) score_tiles(bits, w, first, frames, lines, query, 1);
 }
 
-/* Weights as codes, every four frames repeated for four lanes. */
+/* Weights as codes, every four frames repeated for four lanes; for tiles one after the other, and zeros to the end. */
 INLINE struct line round_weights(const int bits, const struct work *const w, const int64_t query, const int64_t frames) {
-  int32_t codes[WKV_BLOCK / 4], sum;
+  int32_t codes[WKV_BLOCK / 4] = {0}, sum;
   const float unit = round_bytes(w->logits + query * WKV_BLOCK, round_up(frames, WKV_TILE), (int8_t *)codes, &sum);
+  const struct line line = {w->added[query], unit, sum * middle(bits)};
+#ifdef WKV_AMX
+  if (worth_tiles(w)) return memcpy(w->weight_codes + query * WKV_BLOCK / 4, codes, sizeof codes), line;
+#endif
   int32_t *const repeated = w->weight_codes + query * WKV_BLOCK;
   for (int64_t i = 0; i < round_up(frames, WKV_TILE) / 4; i++)
     for (int lane = 0; lane < 4; lane++) repeated[4 * i + lane] = codes[i];
-  return (struct line){w->added[query], unit, sum * middle(bits)};
+  return line;
 }
 
 /* sums = shrink * sums + weights * values, for `some` queries and 4 * quads channels, a multiple of 16. */
@@ -333,18 +444,12 @@ INLINE void mix_strip(const int bits, const struct work *const w, const int64_t 
         for (int i = 0; i < some; i++) sums[q + k][i] = multiply_bytes(x[k], weights[i], sums[q + k][i]);
     }
   }
-  const float *const step = w->value_scales + first / w->a->group * 2 * w->channels, *const low = step + w->channels;
   for (int i = 0; i < some; i++) {
-    const struct line line = lines[query + i];
     for (int q = 0; q < quads; q += W / 4) {
       const int64_t c = channel + 4 * q;
-      float *const out = w->sums[query + i] + c;
       vf parts[W / 4];
       for (int k = 0; k < W / 4; k++) parts[k] = __builtin_convertvector(sums[q + k][i], vf);
-      const vf s = load(step + c), base = multiply_add(s, splat((float)middle(bits)), load(low + c));
-      const vf products = (sum_channels(parts) - (float)line.middles) * line.unit;
-      const vf before = load(out) * w->shrink[query + i];
-      store(out, multiply_add(products, s, multiply_add(base, splat(line.offset), before)));
+      add_products(bits, w, query + i, first, c, lines[query + i], sum_channels(parts));
     }
   }
 }
@@ -354,6 +459,9 @@ INLINE void mix_codes(const int bits, const struct work *const w, const int64_t 
   const int alone = __builtin_constant_p(w->channels) ? MOST_QUADS : 4;
   struct line lines[WKV_TOGETHER];
   for (int64_t q = 0; q < w->queries; q++) lines[q] = round_weights(bits, w, q, frames);
+#ifdef WKV_AMX
+  if (worth_tiles(w)) return mix_on_tiles(bits, w, first, frames, lines);
+#endif
   int64_t query = 0;
   for (; query < w->queries % MIXED; query++)
     for (int64_t channel = 0; channel < w->channels; channel += 4 * alone)

@@ -1,4 +1,5 @@
 /* Which kernels run on this machine. All CPU detection is here. */
+#define _GNU_SOURCE /* syscall */
 #include <stdbool.h>
 #include <stdio.h>
 #include <string.h>
@@ -10,6 +11,7 @@ WKV_DECLARE_KERNELS(avx2)
 WKV_DECLARE_KERNELS(avx512)
 WKV_DECLARE_KERNELS(avx512_vnni)
 WKV_DECLARE_KERNELS(avx512_bf16)
+WKV_DECLARE_KERNELS(amx)
 
 static bool runs_portable(void) { return true; }
 
@@ -33,6 +35,24 @@ static bool runs_avx512_vnni(void) { return runs_avx512() && __builtin_cpu_suppo
 static bool runs_avx512_bf16(void) { return runs_avx512_vnni() && __builtin_cpu_supports("avx512bf16"); }
 #endif
 
+#ifdef WKV_HAVE_AMX
+#ifdef WKV_EMULATE_AMX
+static bool runs_amx(void) { return runs_avx512_bf16(); }
+#else
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+/* The tiles' registers are so large that Linux gives them only to processes that ask. */
+static bool runs_amx(void) {
+  enum { LEAF = 7, TILE = 1 << 24, INT8 = 1 << 25, ASK = 0x1023, TILE_DATA = 18 };
+  unsigned a, b, c, d;
+  return runs_avx512_bf16() && __get_cpuid_count(LEAF, 0, &a, &b, &c, &d) && (d & TILE) && (d & INT8) &&
+         syscall(SYS_arch_prctl, ASK, TILE_DATA) == 0;
+}
+#endif
+#endif
+
 struct variant {
   struct wkv_cpu_kernels kernels;
   bool (*runs)(void);
@@ -44,6 +64,9 @@ struct variant {
 
 /* Best first. */
 static const struct variant variants[] = {
+#ifdef WKV_HAVE_AMX
+    VARIANT(amx),
+#endif
 #ifdef WKV_HAVE_AVX512_BF16
     VARIANT(avx512_bf16),
 #endif
