@@ -13,11 +13,15 @@ BIN := $(VENV)/bin
 demo: $(VENV)/.demo
 	$(BIN)/python -m whisperkv.demo $(AUDIO)
 
+# JOBS=1 for one test at a time.
+JOBS ?= 2
 test: $(VENV)/.test
-	$(BIN)/python -m pytest -q $(TESTS)
+	$(BIN)/python -m pytest -q -n $(JOBS) --dist worksteal $(TESTS)
 
+# Only what touches transformers.
+FLOOR = patch cache cross_cache generate ctranslate2 config trim
 test-floor:
-	$(MAKE) test VENV=.venv-floor CONSTRAINTS=constraints-floor.txt
+	$(MAKE) test VENV=.venv-floor CONSTRAINTS=constraints-floor.txt TESTS="$(FLOOR:%=tests/test_%.py)"
 
 sanitize: $(VENV)/.test
 	PYTHON=$(BIN)/python sh tests/sanitize.sh

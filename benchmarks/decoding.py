@@ -115,6 +115,21 @@ def negative_log_likelihood(model, features, prompts, transcripts):
     return total, count
 
 
+@torch.no_grad()
+def negative_log_likelihood_at_once(model, features, prompts, transcripts):
+    """The same in one pass of the decoder, for prompts of one length and caches that keep every token."""
+    start, lengths = len(prompts[0]), [len(transcript) for transcript in transcripts]
+    assert all(len(prompt) == start for prompt in prompts)
+    tokens = torch.full((len(prompts), start + max(lengths)), model.generation_config.eos_token_id)
+    for row, (prompt, transcript) in enumerate(zip(prompts, transcripts)):
+        tokens[row, : start + len(transcript)] = torch.tensor(prompt + transcript)
+    output = model(encoder_outputs=model.get_encoder()(features), decoder_input_ids=tokens[:, :-1], use_cache=True)
+    alive = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
+    logits = output.logits[:, start - 1 :][alive].float()  # [tokens, vocabulary]: summed exactly along the last only
+    losses = torch.nn.functional.cross_entropy(logits, tokens[:, start:][alive], reduction="none")
+    return float(losses.sum(dtype=torch.float64)), sum(lengths)
+
+
 LOOP = (
     "its text compresses more than 2.4 times (zlib, Whisper's own threshold), "
     "or four or more words stand three times in a row"

@@ -1,6 +1,7 @@
 """patch(model) against transformers: equal windows in every mode of generate(), and how far the logits differ.
 
-bfloat16 is measured as well, where identity is not promised: both round every step, in another order.
+The cross-attention cache is that of "model", and in some modes also the exact "latent". bfloat16 is measured as well,
+where identity is not promised: both round every step, in another order.
 """
 
 import audio
@@ -11,6 +12,7 @@ import torch
 from tqdm import tqdm
 
 import whisperkv
+from whisperkv import CrossConfig
 
 FALLBACK = {
     "temperature": (0.0, 0.2, 0.4, 0.6, 0.8, 1.0),
@@ -31,13 +33,16 @@ MODES = {
     "long-form, fallback": (True, 10, {**FALLBACK, "condition_on_prev_tokens": False}),
     "long-form, fallback, previous text": (True, 10, {**FALLBACK, "condition_on_prev_tokens": True}),
 }
-ROUNDED_MODES = ("greedy", "beam 5")  # in bfloat16
+ROUNDED_MODES = LATENT_MODES = ("greedy", "beam 5")  # also in bfloat16, and with the latent format
 SEED = 1
+TABLES = ("lossless", "lossless-logits")
+DTYPES = ("float32", "bfloat16")
 
 COLUMNS = {
     "model": ("model", ""),
     "dtype": ("dtype", ""),
     "mode": ("mode", ""),
+    "format": ("cross-attention", ""),
     "equal": ("equal", "d"),
     "items": ("of", "d"),
     "tokens": ("tokens", "d"),
@@ -86,22 +91,24 @@ def run(model, processor, speeches, dtype, long, batch, options):
 
 
 def compared(model, processor, speeches, dtype, mode):
-    """One row of the first table."""
+    """Rows of the first table, one for each format."""
     whisperkv.unpatch(model)
     theirs, their_texts = run(model, processor, speeches, dtype, *MODES[mode])
-    whisperkv.patch(model)
-    ours, our_texts = run(model, processor, speeches, dtype, *MODES[mode])
-    stats = whisperkv.stats(model)
-    assert not stats.note, stats.note
-    whisperkv.unpatch(model)
-    return {
-        "equal": sum(a == b for a, b in zip(theirs, ours)),
-        "items": len(ours),
-        "tokens": sum(len(tokens) for tokens, _ in ours),
-        "decodes": stats.decodes,
-        "wer_transformers": audio.word_error_rate(speeches, their_texts),
-        "wer": audio.word_error_rate(speeches, our_texts),
-    }
+    for form in ("model", "latent") if mode in LATENT_MODES else ("model",):
+        whisperkv.patch(model, cross=CrossConfig(form))
+        ours, our_texts = run(model, processor, speeches, dtype, *MODES[mode])
+        stats = whisperkv.stats(model)
+        assert not stats.note, stats.note
+        whisperkv.unpatch(model)
+        yield {
+            "format": form,
+            "equal": sum(a == b for a, b in zip(theirs, ours)),
+            "items": len(ours),
+            "tokens": sum(len(tokens) for tokens, _ in ours),
+            "decodes": stats.decodes,
+            "wer_transformers": audio.word_error_rate(speeches, their_texts),
+            "wer": audio.word_error_rate(speeches, our_texts),
+        }
 
 
 def logits(model, exact, processor, speeches, dtype):
@@ -160,20 +167,25 @@ def main(args):
     speeches, recordings = audio.windows(args.data, most), audio.recordings(args.data, most and 2)
     table, logit_table = tables.Table("lossless", COLUMNS, args), tables.Table("lossless-logits", LOGIT_COLUMNS, args)
     rounded = [mode for mode in args.modes if mode in ROUNDED_MODES]
-    progress = tqdm(total=len(args.models) * (len(args.modes) + len(rounded) + 2), unit="row")
+    rows = (len(args.modes) + 1) * ("float32" in args.dtypes) + (len(rounded) + 1) * ("bfloat16" in args.dtypes)
+    progress = tqdm(total=len(args.models) * rows, unit="row")
     for name in args.models:
         for dtype, modes in ((torch.float32, args.modes), (torch.bfloat16, rounded)):
+            if str(dtype).removeprefix("torch.") not in args.dtypes:
+                continue
             model, processor = models.load(name, args.base, dtype)
             decoding.remember_encoder(model)
             label = {"model": name, "dtype": str(dtype).removeprefix("torch.")}
-            progress.set_description(f"{name} {label['dtype']}: logits")
-            exact = widened(model, name, args.base)
-            logit_table.add(**label, **logits(model, exact, processor, speeches, dtype))
-            progress.update()
-            for mode in modes:
+            if "lossless-logits" in args.tables:
+                progress.set_description(f"{name} {label['dtype']}: logits")
+                exact = widened(model, name, args.base)
+                logit_table.add(**label, **logits(model, exact, processor, speeches, dtype))
+                progress.update()
+            for mode in modes if "lossless" in args.tables else ():
                 progress.set_description(f"{name} {label['dtype']}: {mode}")
                 items = recordings if MODES[mode][0] else speeches
-                table.add(**label, mode=mode, **compared(model, processor, items, dtype, mode))
+                for row in compared(model, processor, items, dtype, mode):
+                    table.add(**label, mode=mode, **row)
                 progress.update()
     progress.close()
     print(
@@ -186,6 +198,8 @@ def main(args):
 def arguments():
     parser = tables.arguments(__doc__)
     parser.add_argument("--modes", nargs="*", default=list(MODES), choices=MODES, metavar="MODE", help="of %(choices)s")
+    parser.add_argument("--tables", nargs="+", default=TABLES, choices=TABLES, metavar="TABLE", help="of %(choices)s")
+    parser.add_argument("--dtypes", nargs="+", default=DTYPES, choices=DTYPES, metavar="DTYPE", help="of %(choices)s")
     return parser
 
 

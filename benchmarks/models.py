@@ -50,22 +50,29 @@ def base_folder():
     return CACHE
 
 
-def random_model(shape):
-    """A Whisper of that shape with random weights, that never stops by itself: for times, not for text."""
-    width, layers, heads = SHAPES[shape]
+def random_model(shape, layers=None):
+    """A Whisper of that shape with random weights, that never stops by itself: for times, not for text. `layers`, if
+    given, is how many the decoder has."""
+    width, all_layers, heads = SHAPES[shape]
     config = WhisperConfig(
         vocab_size=51865,
         d_model=width,
         encoder_layers=1,  # its output is random as well
         encoder_attention_heads=heads,
         encoder_ffn_dim=4 * width,
-        decoder_layers=layers,
+        decoder_layers=layers or all_layers,
         decoder_attention_heads=heads,
         decoder_ffn_dim=4 * width,
     )
     torch.manual_seed(0)
     model = WhisperForConditionalGeneration(config).eval()
-    model.generation_config = GenerationConfig(decoder_start_token_id=50258, pad_token_id=50257, eos_token_id=50257)
+    model.generation_config = GenerationConfig(
+        decoder_start_token_id=50258,
+        pad_token_id=50257,
+        eos_token_id=50257,
+        no_timestamps_token_id=51864,  # the last one: none of the tokens that come out is a timestamp
+        is_multilingual=False,
+    )
     return model
 
 

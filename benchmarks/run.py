@@ -1,6 +1,7 @@
-"""Runs the benchmarks, one after the other: python benchmarks/run.py [lossless eviction steps] [--quick] ...
+"""Runs the benchmarks, one after the other: python benchmarks/run.py [lossless formats eviction steps cross] ...
 
-Arguments that are not known here go to each benchmark; see their own --help. Steps are taken on one thread and on two.
+Arguments that are not known here go to each benchmark; see their own --help. Times (steps, cross) are taken on one
+thread and on two.
 """
 
 import argparse
@@ -13,7 +14,8 @@ from pathlib import Path
 import tables
 
 HERE = Path(__file__).parent
-BENCHMARKS = ("lossless", "eviction", "steps")
+BENCHMARKS = ("lossless", "formats", "eviction", "steps", "cross")
+TIMES = ("steps", "cross")
 
 
 def main():
@@ -26,7 +28,7 @@ def main():
     print(json.dumps(tables.machine(None), indent=1), flush=True)
     cores = len(os.sched_getaffinity(0))
     for name in args.benchmarks or BENCHMARKS:
-        for threads in (1, 2) if name == "steps" and cores > 1 else (1,):
+        for threads in (1, 2) if name in TIMES and cores > 1 else (1,):
             print(f"\n## {name}, {threads} thread{'s' * (threads > 1)}", flush=True)
             subprocess.run([sys.executable, HERE / f"{name}.py", "--threads", str(threads), *others], check=True)
 

@@ -97,7 +97,7 @@ struct wkv_cross_attention {
   const int32_t *lengths;       /* [audios]: frames in use, 1 or more */
   void *output;                 /* [rows, tokens, heads, head_dim] */
   float *weights;               /* [rows, heads, tokens, frames], 0 from lengths on; NULL if not wanted */
-  float scale;                  /* of the query */
+  float scale;                  /* of the query, which in bfloat16 may be rounded again */
 
   /* Made by wkv_cross_plan, but for the memory. It depends on the sizes and owners alone, so that the bits do not
    * depend on the number of threads. */
@@ -133,8 +133,9 @@ struct wkv_cpu_kernels {
   void (*cross_finish)(const struct wkv_cross_attention *, int64_t begin, int64_t end);
 };
 
-/* The kernels for this machine, or for the instruction set named ("portable", "avx2", "avx512", "avx512_vnni", "avx512_bf16", "amx"); NULL with a
- * reason written to error if that one is unknown or not supported here. isa NULL or "" means the best. */
+/* The kernels for this machine, or for the instruction set named ("portable", "avx2", "avx512", "avx512_vnni",
+ * "avx512_bf16", "amx"); NULL with a reason written to error if that one is unknown or not supported here. isa NULL or
+ * "" means the best. */
 const struct wkv_cpu_kernels *wkv_cpu_select(const char *isa, char *error, size_t error_size);
 
 /* NULL if the cursor is sound for this call, else what is wrong, written to error. CPU pointers only. */

@@ -79,3 +79,114 @@ def next_slot(positions, scores, seen, pinned, budget, recent):
     if unpinned:
         return min(unpinned, key=lambda s: positions[s])
     return max(range(live), key=lambda s: positions[s])
+
+
+# Cross-attention: one cache for each audio, of floats or of codes
+
+TILE, CHANNELS = 16, 32  # frames side by side; packed channels are padded to a multiple of this
+
+
+def pack_frames(states, lengths, bits, group):
+    """states: [audios, frames, heads, dim]. Codes [audios, heads, tiles, 2 * bits, channels] as bytes, and scales
+    [audios, heads, groups, 2, channels]: step, least. An infinity or NaN makes the step of its channel and group NaN.
+    """
+    audios, frames, heads, dim = states.shape
+    levels, channels = 2**bits - 1, -(-dim // CHANNELS) * CHANNELS
+    codes = torch.zeros(audios, heads, -(-frames // TILE) * TILE, channels, dtype=torch.uint8)
+    scales = torch.zeros(audios, heads, -(-frames // group), 2, channels)
+    for audio, length in enumerate(lengths.tolist()):
+        for first in range(0, length, group):
+            some = slice(first, min(first + group, length))
+            x = states[audio, some].float().transpose(0, 1)  # [heads, some, dim]
+            low = x.amin(1)
+            step = (x.amax(1) - low) * (1 / levels)
+            step[~x.isfinite().all(1)] = torch.nan
+            inverse = torch.where(step > 0, 1 / step, 0)
+            code = ((x - low[:, None]) * inverse[:, None]).nan_to_num(0).clamp(0, levels)
+            codes[audio, :, some, :dim] = (code + 0.5).to(torch.uint8)
+            scales[audio, :, first // group, 0, :dim], scales[audio, :, first // group, 1, :dim] = step, low
+    pieces = codes.view(audios, heads, -1, TILE, channels // 4, 4).transpose(3, 4)  # 16 frames of 4 channels
+    if bits == 4:
+        pieces = pieces[:, :, :, 0::2] | pieces[:, :, :, 1::2] << 4
+    return pieces.reshape(audios, heads, -1, 2 * bits, channels), scales
+
+
+def unpack_codes(codes, frames):
+    """uint8 [audios, heads, frames, channels]"""
+    audios, heads, tiles, strip, channels = codes.shape
+    if strip == 16:
+        pieces = codes.view(audios, heads, tiles, channels // 4, TILE, 4)
+    else:
+        both = codes.view(audios, heads, tiles, channels // 8, TILE, 4)
+        pieces = torch.stack([both & 15, both >> 4], 4).flatten(3, 4)
+    return pieces.transpose(3, 4).reshape(audios, heads, tiles * TILE, channels)[:, :, :frames]
+
+
+def of_frames(scales, frames, group):
+    """step and least of each frame, [audios, heads, frames, channels]"""
+    return scales.repeat_interleave(group, 2)[:, :, :frames].unbind(3)
+
+
+def unpack_frames(codes, scales, frames, group, dim):
+    """float32 [audios, heads, frames, dim]"""
+    step, low = of_frames(scales, frames, group)
+    return (unpack_codes(codes, frames) * step + low)[..., :dim]
+
+
+def cross_attention(
+    query, keys, values, key_scales, value_scales, owner, lengths, frames, group, scale, want_weights
+):  # fmt: skip
+    """query: [rows, tokens, heads, dim]; keys, values: [audios, heads, frames, dim], or codes. What is packed is
+    unpacked, so the kernels, which round queries and weights too, are held to it loosely, and tightly to
+    cross_attention_in_bytes."""
+    rows, tokens, heads, dim = query.shape
+    if keys.dtype == torch.uint8:
+        keys = unpack_frames(keys, key_scales, frames, group, dim)
+        values = unpack_frames(values, value_scales, frames, group, dim)
+    frames = keys.shape[2]
+    output, weights = torch.zeros_like(query), torch.zeros(rows, heads, tokens, frames)
+    for row, audio in enumerate(owner.tolist()):
+        length = int(lengths[audio])
+        logits = torch.einsum("thd,hfd->htf", query[row].float() * scale, keys[audio, :, :length].float())
+        weights[row, :, :, :length] = weight = torch.softmax(logits, -1)
+        output[row] = torch.einsum("htf,hfd->thd", weight, values[audio, :, :length].float()).to(output.dtype)
+    return output, weights if want_weights else torch.empty(0)
+
+
+def round_to_bytes(x):
+    """Whole numbers within 127 and what one of them is worth, for the last side."""
+    unit = x.abs().amax(-1, keepdim=True) / 127
+    return torch.round(x / unit.clamp(min=1e-300)), unit
+
+
+def cross_attention_in_bytes(
+    query, keys, values, key_scales, value_scales, owner, lengths, frames, group, scale, want_weights
+):  # fmt: skip
+    """The same of a packed cache with the roundings of the kernels, in float64: in each block of frames the query,
+    times the steps of the keys, becomes bytes, and so do the weights. Codes count from the middle, which is added
+    exactly."""
+    dim, middle, block = query.shape[-1], 2.0 ** (keys.shape[3] // 2 - 1), min(group, 256)
+    codes = [unpack_codes(x, frames).double()[..., :dim] - middle for x in (keys, values)]
+    steps = [of_frames(x.double()[..., :dim], frames, group) for x in (key_scales, value_scales)]
+    output, weights = torch.zeros(query.shape, dtype=torch.float64), torch.zeros(*query.shape[:3], frames)
+    for row, audio in enumerate(owner.tolist()):
+        x, length, parts, mixes = query[row].double() * scale, int(lengths[audio]), [], []
+        for first in range(0, length, block):
+            some = slice(first, min(first + block, length))
+            (k, k_step, k_low), (v, v_step, v_low) = (
+                (code[audio, :, some], step[audio, :, first], low[audio, :, first])
+                for code, (step, low) in zip(codes, steps)
+            )
+            folded, unit = round_to_bytes(x * k_step)
+            offset = (x * (k_low + middle * k_step)).sum(-1, keepdim=True)
+            parts.append(offset + unit * torch.einsum("thd,hfd->thf", folded, k))
+            weight = (parts[-1] - parts[-1].amax(-1, keepdim=True)).exp()
+            rounded, unit = round_to_bytes(weight)
+            mixed = unit * v_step * torch.einsum("thf,hfd->thd", rounded, v)
+            mixes.append((mixed + (v_low + middle * v_step) * weight.sum(-1, keepdim=True), parts[-1].amax(-1)))
+        logits = torch.cat(parts, -1)
+        weights[row, ..., :length] = logits.softmax(-1)
+        top = logits.amax(-1)
+        total = (logits - top[..., None]).exp().sum(-1)
+        output[row] = sum(mixed * ((its - top).exp() / total)[..., None] for mixed, its in mixes)
+    return output.to(query.dtype), weights.transpose(1, 2).contiguous() if want_weights else torch.empty(0)

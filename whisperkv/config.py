@@ -89,7 +89,7 @@ class CrossConfig(_Config):
     group: int = 256
 
     def __post_init__(self):
-        if self.format not in FORMATS:
+        if self.format not in tuple(FORMATS):  # a list, say, is not hashable
             self._refuse("format", f"one of {', '.join(map(repr, FORMATS))}")
         if self.trim not in TRIMS:
             self._refuse("trim", f"one of {', '.join(map(repr, TRIMS))}")

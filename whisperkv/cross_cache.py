@@ -6,9 +6,11 @@ E itself: the query times Wk before, Wv and bv after the weighted sum.
 """
 
 import warnings
+import weakref
 from dataclasses import dataclass, field
 
 import torch
+from torch.utils._pytree import tree_map
 from transformers.cache_utils import CacheLayerMixin
 
 from . import ops
@@ -38,22 +40,24 @@ class Matrix:
         """From states [audios, frames, heads, dim]."""
         if bits:
             return cls(*ops.pack_frames(states.contiguous(), lengths, bits, group), bits)
-        return cls(states.transpose(1, 2).contiguous(), torch.empty(0))
+        data = states.transpose(1, 2).contiguous()
+        return cls(data if data.data_ptr() != states.data_ptr() else data.clone(), torch.empty(0))  # states is not ours
 
     @property
     def nbytes(self):
         return self.data.nbytes + self.scales.nbytes
 
-    def floats(self, frames, dim, group, dtype):
-        """[audios, heads, frames, dim]"""
+    def floats(self, frames, dim, group, dtype, audios):
+        """[audios, heads, frames, dim], of those audios."""
+        data, scales = self.data[audios], self.scales[audios] if self.bits else None
         if not self.bits:
-            return self.data
-        audios, heads, tiles, _, channels = self.data.shape
-        codes = self.data.view(audios, heads, tiles, -1, ops.TILE, 4)
+            return data
+        audios, heads, tiles, _, channels = data.shape
+        codes = data.view(audios, heads, tiles, -1, ops.TILE, 4)
         if self.bits == 4:
             codes = torch.stack([codes & 15, codes >> 4], 4).view(audios, heads, tiles, -1, ops.TILE, 4)
         codes = codes.transpose(3, 4).reshape(audios, heads, -1, channels)[:, :, :frames]
-        step, low = (self.scales[:, :, :, part].repeat_interleave(group, 2)[:, :, :frames] for part in (0, 1))
+        step, low = (scales[:, :, :, part].repeat_interleave(group, 2)[:, :, :frames] for part in (0, 1))
         return (codes * step + low)[..., :dim].to(dtype)
 
 
@@ -105,6 +109,35 @@ class Audios:
             self.states = None
 
 
+class OnDemand:
+    """Keys or values [rows, heads, frames, head_dim] that nobody holds: made when they are looked at, and of one row
+    alone where that is asked for, since generate() takes short audio's caches apart row by row."""
+
+    def __init__(self, of_audios, owner):
+        self._of_audios, self._owner = of_audios, owner
+
+    def __getitem__(self, index):
+        if isinstance(index, int):
+            return self._of_audios(self._owner[[index]])[0]
+        return self._whole()[index]
+
+    def __len__(self):
+        return len(self._owner)
+
+    def __getattr__(self, name):
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return getattr(self._whole(), name)
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        args, kwargs = tree_map(lambda x: x._whole() if isinstance(x, cls) else x, (args, kwargs or {}))
+        return function(*args, **kwargs)
+
+    def _whole(self):
+        return self._of_audios(self._owner)
+
+
 class CrossCacheLayer(CacheLayerMixin):
     """One decoder layer's view of the audios.
 
@@ -122,7 +155,11 @@ class CrossCacheLayer(CacheLayerMixin):
         self.config = config
         self.audios, self.owner = audios, owner
         self.keys_of_audios = self.values_of_audios = None
+        self.attention = None  # a weak reference to the layer's attention, whose projections may be asked for
         self.is_initialized = False
+
+    def __getstate__(self):
+        return {**vars(self), "attention": None}
 
     # What attention calls
 
@@ -150,6 +187,7 @@ class CrossCacheLayer(CacheLayerMixin):
     def attend(self, query, attention, want_weights):
         """query [rows, tokens, heads, head_dim], scaled: output of the same shape, and the weights over all frames
         that were heard [rows, heads, tokens, frames] if they are wanted."""
+        self.attention = weakref.ref(attention)
         if len(query) != len(self.owner):
             raise ValueError(
                 f"the cross-attention cache is of {len(self.owner)} rows over {len(self.audios)} audios, and "
@@ -219,23 +257,32 @@ class CrossCacheLayer(CacheLayerMixin):
     @property
     def keys(self):
         """[rows, heads, frames, head_dim], of the frames that are kept."""
-        return self._of_rows(self.keys_of_audios)
+        return self._shown(self.keys_of_audios, "k_proj")
 
     @property
     def values(self):
-        return self._of_rows(self.values_of_audios)
+        return self._shown(self.values_of_audios, "v_proj")
 
     # How it works
 
-    def _of_rows(self, matrix):
+    def _shown(self, matrix, projection):
         if matrix is None:
             return None
-        if self.config.is_latent:
-            raise RuntimeError(
-                f'CrossConfig(format="{self.config.format}") holds no keys and values, but the encoder\'s output: '
-                'use format="model", "int8" or "int4"'
-            )
-        return matrix.floats(self.audios.frames, self.head_dim, self.config.group, self.dtype)[self.owner]
+        frames, group = self.audios.frames, self.config.group
+
+        def of_audios(audios):
+            if not self.config.is_latent:
+                return matrix.floats(frames, self.head_dim, group, self.dtype, audios)
+            attention = self.attention and self.attention()
+            if attention is None:
+                raise RuntimeError(
+                    f'CrossConfig(format="{self.config.format}") holds no keys and values, but the encoder\'s output, '
+                    "and the model that makes them of it is gone"
+                )
+            states = matrix.floats(frames, self.heads * self.head_dim, group, self.dtype, audios)[:, 0]
+            return getattr(attention, projection)(states).unflatten(-1, (self.heads, self.head_dim)).transpose(1, 2)
+
+        return OnDemand(of_audios, self.owner)
 
     def _run(self, query, want_weights):
         keys, values, audios = self.keys_of_audios, self.values_of_audios, self.audios

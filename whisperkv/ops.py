@@ -71,7 +71,7 @@ _CROSS_PACKED = {
 
 def _sizes(op, layout, *tensors):
     """The sizes by name; what the C code refuses is refused here too."""
-    sizes, cache_dtype, device = {"cursors": 4}, None, tensors[0].device
+    sizes, cache_dtype, device = {"cursors": 4, "two": 2}, None, tensors[0].device
     for (name, (dtype, shape)), tensor in zip(layout.items(), tensors):
         shape = shape.split()
         if dtype is None:
@@ -114,6 +114,16 @@ def _(query, keys, values, key_scales, value_scales, owner, lengths, frames, gro
     if keys.dtype == torch.uint8:
         given = (query, keys, values, owner, lengths, key_scales, value_scales)
         sizes = _sizes(cross_attention, _CROSS_PACKED, *given)
+        for side, allowed in (
+            ("strip", (16, 8)),
+            ("channels", (-(-sizes["dim"] // CHANNELS) * CHANNELS,)),
+            ("tiles", (-(-frames // TILE),)),
+            ("groups", (-(-frames // group),)),
+        ):
+            text = f"{cross_attention.name()}: keys of {frames} frames in groups of {group} must have {side} " + (
+                f"{' or '.join(map(str, allowed))}, got {sizes[side]}"
+            )
+            torch._check(sizes[side] in allowed, lambda text=text: text)
     else:
         sizes = _sizes(cross_attention, _CROSS, query, keys, values, owner, lengths)
         frames = sizes["frames"]

@@ -34,7 +34,8 @@ static bool pack_frames(struct call *const call, const StableIValue *const numbe
     if (!accept(call, i, &packing_arguments[i], true)) return false;
   if (bits != 8 && bits != 4) return fail(call, "bits must be 8 or 4, got %lld", (long long)bits);
   const int64_t *const size = call->sizes;
-  const int64_t channels = count_of(size[DIM], WKV_CHANNELS) * WKV_CHANNELS, groups = group > 0 ? count_of(size[FRAMES], group) : 0;
+  const int64_t channels = count_of(size[DIM], WKV_CHANNELS) * WKV_CHANNELS;
+  const int64_t groups = group > 0 ? count_of(size[FRAMES], group) : 0;
   const int64_t codes_shape[] = {size[AUDIOS], size[HEADS], count_of(size[FRAMES], WKV_TILE), 2 * bits, channels};
   const int64_t scales_shape[] = {size[AUDIOS], size[HEADS], groups, 2, channels};
   void *codes, *scales;
@@ -130,7 +131,8 @@ static bool attend_planned(struct call *const call, struct wkv_cross_attention *
   const int64_t lines = a->splits * queries * size[HEADS];
   a->sums = aligned_alloc(64, (size_t)(lines * channels) * sizeof *a->sums); /* channels are whole lines of memory */
   a->totals = malloc((size_t)lines * 2 * sizeof *a->totals);
-  bool done = (a->part && a->sums && a->totals) || fail(call, "no memory for the sums of %lld queries", (long long)queries);
+  bool done = (a->part && a->sums && a->totals) ||
+              fail(call, "no memory for the sums of %lld queries", (long long)queries);
   if (done) {
     const double numbers = 2.0 * queries * size[HEADS] * size[FRAMES] * size[DIM];
     const int64_t items = a->parts * size[HEADS] * a->splits;
@@ -187,8 +189,8 @@ static bool cross_attention(struct call *const call, const StableIValue *const n
 }
 
 const struct torch_op pack_frames_op = {
-    "pack_frames", "pack_frames(Tensor states, Tensor lengths, int bits, SymInt group) -> (Tensor, Tensor)", pack_frames,
-    PACKING_TENSORS, 2};
+    "pack_frames", "pack_frames(Tensor states, Tensor lengths, int bits, SymInt group) -> (Tensor, Tensor)",
+    pack_frames, PACKING_TENSORS, 2};
 
 const struct torch_op cross_attention_op = {
     "cross_attention",

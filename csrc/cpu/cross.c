@@ -148,9 +148,7 @@ INLINE void mix_some(const enum wkv_dtype dtype, const struct work *const w, con
   } else {
     for (int64_t f = 0; f < frames; f++) {
       struct pair value[PAIRS];
-      for (int p = 0; p < pairs; p++)
-        value[p] = load_some(dtype, at(dtype, w->values, (first + f) * head_dim + channel + p * PAIR), pairs == 1 ? n : PAIR);
-      for (int i = 0; i < some; i++) {
+  XX      for (int i = 0; i < some; i++) {
         const vf weight = splat(weights[i * WKV_BLOCK + f]);
         for (int p = 0; p < pairs; p++) {
           sums[i][2 * p] = multiply_add(weight, value[p].a, sums[i][2 * p]);
@@ -177,7 +175,8 @@ INLINE void mix_floats(const enum wkv_dtype dtype, const struct work *const w, c
   if (in_bfloat16(dtype))
     for (int64_t q = 0; q < w->queries; q++)
       for (int64_t f = 0; f < frames; f += W)
-        store_in_order(dtype, at_mut(dtype, w->weight_codes + q * WKV_BLOCK, f), load(w->logits + q * WKV_BLOCK + f), W);
+        store_in_order(dtype, at_mut(dtype, w->weight_codes + q * WKV_BLOCK, f), load(w->logits + q * WKV_BLOCK + f),
+                       W);
   int64_t channel = 0;
   for (; channel + PAIRS * PAIR <= head_dim; channel += PAIRS * PAIR)
     mix_channels(dtype, w, first, frames, channel, PAIRS, PAIR);
@@ -306,7 +305,8 @@ INLINE void add_products(const int bits, const struct work *const w, const int64
 INLINE bool worth_tiles(const struct work *const w) { return w->queries >= 8 && w->channels % AMX_BYTES == 0; }
 
 /* 16 quads of channels of a tile of frames, and of 8 bits in any case. */
-INLINE const void *quads_of_tile(const int bits, const uint8_t *const codes, const int64_t channel, uint8_t *const room) {
+INLINE const void *quads_of_tile(const int bits, const uint8_t *const codes, const int64_t channel,
+                                 uint8_t *const room) {
   if (bits == 8) return codes + channel * WKV_TILE;
   for (int pair = 0; pair < 8; pair++) {
     const vi x = load_codes(codes + channel * WKV_TILE / 2 + pair * 64), both[] = {low_halves(x), high_halves(x)};
@@ -343,7 +343,8 @@ static void score_on_tiles(const int bits, const struct work *const w, const int
 }
 
 /* 16 channels of 64 frames, four frames to a lane: what a tile of the cache must be to be multiplied by weights. */
-INLINE void turn(const int bits, const uint8_t *const codes, const int64_t tile, const int64_t tiles, uint8_t *const to) {
+INLINE void turn(const int bits, const uint8_t *const codes, const int64_t tile, const int64_t tiles,
+                 uint8_t *const to) {
   for (int64_t t = 0; t < AMX_BYTES / WKV_TILE; t++) {
     vi x[4] = {0};
     for (int q = 0; q < 4 && t < tiles; q++) {
@@ -403,7 +404,8 @@ INLINE void score_codes(const int bits, const struct work *const w, const int64_
 }
 
 /* Weights as codes, every four frames repeated for four lanes; for tiles one after the other, and zeros to the end. */
-INLINE struct line round_weights(const int bits, const struct work *const w, const int64_t query, const int64_t frames) {
+INLINE struct line round_weights(const int bits, const struct work *const w, const int64_t query,
+                                 const int64_t frames) {
   int32_t codes[WKV_BLOCK / 4] = {0}, sum;
   const float unit = round_bytes(w->logits + query * WKV_BLOCK, round_up(frames, WKV_TILE), (int8_t *)codes, &sum);
   const struct line line = {w->added[query], unit, sum * middle(bits)};

@@ -4,7 +4,8 @@
 
 enum { QUADS = WKV_CHANNELS / 4 };
 
-/* Step and least of W channels, over the frames of one group. A channel with a NaN or an infinity gets a step of NaN. */
+/* Step and least of W channels, over the frames of one group. A channel with a NaN or an infinity gets a step of
+ * NaN. */
 INLINE void measure(const enum wkv_dtype dtype, const void *const states, const int64_t frames, const int64_t stride,
                     const int64_t n, const int levels, vf *const step, vf *const low) {
   vf lowest = load_in_order(dtype, states, n), highest = lowest, spoilt = lowest - lowest;
