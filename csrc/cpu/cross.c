@@ -148,7 +148,10 @@ INLINE void mix_some(const enum wkv_dtype dtype, const struct work *const w, con
   } else {
     for (int64_t f = 0; f < frames; f++) {
       struct pair value[PAIRS];
-  XX      for (int i = 0; i < some; i++) {
+      for (int p = 0; p < pairs; p++)
+        value[p] = load_some(dtype, at(dtype, w->values, (first + f) * head_dim + channel + p * PAIR),
+                             pairs == 1 ? n : PAIR);
+      for (int i = 0; i < some; i++) {
         const vf weight = splat(weights[i * WKV_BLOCK + f]);
         for (int p = 0; p < pairs; p++) {
           sums[i][2 * p] = multiply_add(weight, value[p].a, sums[i][2 * p]);
