@@ -33,11 +33,28 @@ INLINE void prefetch(const void *const p, const int64_t bytes) {
   for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch((const char *)p + i);
 }
 
+/* How many of the queries that are left go together: all if they are few, else the usual number. */
+INLINE int64_t together(const int64_t left, const int most, const int usual) { return left <= most ? left : usual; }
+
+/* function(count, ...), with a count that the compiler knows. */
+#define COUNT_CASE(count, most, function, ...) \
+  case count: \
+    if (count <= most) function(count, __VA_ARGS__); \
+    break;
+#define FOR_COUNT(count, most, function, ...) \
+  switch (count) { \
+    COUNT_CASE(1, most, function, __VA_ARGS__) COUNT_CASE(2, most, function, __VA_ARGS__) \
+    COUNT_CASE(3, most, function, __VA_ARGS__) COUNT_CASE(4, most, function, __VA_ARGS__) \
+    COUNT_CASE(5, most, function, __VA_ARGS__) COUNT_CASE(6, most, function, __VA_ARGS__) \
+    COUNT_CASE(7, most, function, __VA_ARGS__) COUNT_CASE(8, most, function, __VA_ARGS__) \
+  }
+
 /* ---- a block of floats ---- */
 
 enum {
   SOME = W > 4 ? W / 4 : 1, /* queries that share a load of the cache; with W / SOME frames they fill W sums */
   ROWS = W / SOME,
+  MOST = W > 8 ? 6 : SOME, /* queries that share a load of the values, if no more are left */
   PAIRS = 2 /* pairs of vectors of channels whose sums stay in registers */
 };
 
@@ -118,12 +135,12 @@ INLINE void score_floats(const enum wkv_dtype dtype, const struct work *const w,
 }
 
 /* sums = shrink * sums + weights * values, for `some` queries and 2 * pairs vectors of channels. */
-INLINE void mix_some(const enum wkv_dtype dtype, const struct work *const w, const int64_t query, const int some,
+INLINE void mix_some(const int some, const enum wkv_dtype dtype, const struct work *const w, const int64_t query,
                      const int64_t first, const int64_t frames, const int64_t channel, const int pairs,
                      const int64_t n) {
   const int64_t head_dim = w->head_dim;
   const float *const weights = w->logits + query * WKV_BLOCK;
-  vf sums[SOME][2 * PAIRS];
+  vf sums[MOST][2 * PAIRS];
   for (int i = 0; i < some; i++)
     for (int p = 0; p < 2 * pairs; p++) sums[i][p] = load(w->sums[query + i] + channel + p * W) * w->shrink[query + i];
   if (in_bfloat16(dtype)) {
@@ -166,10 +183,10 @@ INLINE void mix_some(const enum wkv_dtype dtype, const struct work *const w, con
 
 INLINE void mix_channels(const enum wkv_dtype dtype, const struct work *const w, const int64_t first,
                          const int64_t frames, const int64_t channel, const int pairs, const int64_t n) {
-  int64_t query = 0;
-  for (; query + SOME <= w->queries && SOME > 1; query += SOME)
-    mix_some(dtype, w, query, SOME, first, frames, channel, pairs, n);
-  for (; query < w->queries; query++) mix_some(dtype, w, query, 1, first, frames, channel, pairs, n);
+  for (int64_t query = 0, count; query < w->queries; query += count) {
+    count = together(w->queries - query, MOST, SOME);
+    FOR_COUNT(count, MOST, mix_some, dtype, w, query, first, frames, channel, pairs, n)
+  }
 }
 
 INLINE void mix_floats(const enum wkv_dtype dtype, const struct work *const w, const int64_t first,
@@ -191,7 +208,8 @@ INLINE void mix_floats(const enum wkv_dtype dtype, const struct work *const w, c
 
 enum {
   ABREAST = W > 8 ? 8 : 4, /* queries whose integer sums are in registers over the keys */
-  MIXED = W > 8 ? 4 : 2,   /* and over the values */
+  MIXED = W > 8 ? 4 : 2,   /* and over the values, */
+  MIXED_MOST = W > 8 ? 5 : 2, /* or so many if no more are left */
   MOST_QUADS = W           /* quads of channels whose sums are in registers, of one query */
 };
 
@@ -278,12 +296,12 @@ INLINE void store_logits(const struct work *const w, const int64_t query, const 
         multiply_add(__builtin_convertvector(products - line.middles, vf), splat(line.unit), splat(line.offset)));
 }
 
-INLINE void score_tiles(const int bits, const struct work *const w, const int64_t first, const int64_t frames,
-                        const struct line *const lines, const int64_t query, const int some) {
+INLINE void score_tiles(const int some, const int bits, const struct work *const w, const int64_t first,
+                        const int64_t frames, const struct line *const lines, const int64_t query) {
   const int64_t quads = w->channels / 4, tile = w->channels * 2 * bits, from = first / WKV_TILE * tile;
   for (int64_t f = 0; f < frames; f += W) {
     const int64_t place = from + f / WKV_TILE * tile;
-    if (query == 0 && w->values != w->keys && w->queries % MIXED == 0 && f % WKV_TILE == 0)
+    if (query == 0 && w->values != w->keys && w->queries > 1 && f % WKV_TILE == 0)
       prefetch((const char *)w->values + place, tile);
     vi sums[ABREAST];
     multiply_tile(bits, w, (const uint8_t *)w->keys + place + f % WKV_TILE * 4, w->query_codes + query * quads, some,
@@ -400,10 +418,10 @@ INLINE void score_codes(const int bits, const struct work *const w, const int64_
 #ifdef WKV_AMX
   if (worth_tiles(w)) return score_on_tiles(bits, w, first, frames, lines);
 #endif
-  int64_t query = 0;
-  for (; query + ABREAST <= w->queries; query += ABREAST) score_tiles(bits, w, first, frames, lines, query, ABREAST);
-  for (; query + MIXED <= w->queries; query += MIXED) score_tiles(bits, w, first, frames, lines, query, MIXED);
-  for (; query < w->queries; query++) score_tiles(bits, w, first, frames, lines, query, 1);
+  for (int64_t query = 0, count; query < w->queries; query += count) {
+    count = together(w->queries - query, ABREAST, ABREAST);
+    FOR_COUNT(count, ABREAST, score_tiles, bits, w, first, frames, lines, query)
+  }
 }
 
 /* Weights as codes, every four frames repeated for four lanes; for tiles one after the other, and zeros to the end. */
@@ -422,17 +440,17 @@ INLINE struct line round_weights(const int bits, const struct work *const w, con
 }
 
 /* sums = shrink * sums + weights * values, for `some` queries and 4 * quads channels, a multiple of 16. */
-INLINE void mix_strip(const int bits, const struct work *const w, const int64_t first, const int64_t frames,
-                      const struct line *const lines, const int64_t query, const int some, const int64_t channel,
-                      const int quads) {
+INLINE void mix_strip(const int some, const int bits, const struct work *const w, const int64_t first,
+                      const int64_t frames, const struct line *const lines, const int64_t query,
+                      const int64_t channel, const int quads) {
   const int64_t tile = w->channels * 2 * bits;
   const uint8_t *const tiles = (const uint8_t *)w->values + first / WKV_TILE * tile + channel * 2 * bits;
-  vi sums[MOST_QUADS][MIXED];
+  vi sums[MOST_QUADS][MIXED_MOST];
   for (int q = 0; q < quads; q++)
     for (int i = 0; i < some; i++) sums[q][i] = (vi){0};
   for (int64_t f = 0; f < frames; f += W) {
     const uint8_t *const codes = tiles + f / WKV_TILE * tile + f % WKV_TILE * 4;
-    vi weights[MIXED];
+    vi weights[MIXED_MOST];
     for (int i = 0; i < some; i++)
       memcpy(&weights[i], w->weight_codes + (query + i) * WKV_BLOCK + f, sizeof weights[i]);
     for (int q = 0; q < quads; q += 2) {
@@ -467,13 +485,16 @@ INLINE void mix_codes(const int bits, const struct work *const w, const int64_t 
 #ifdef WKV_AMX
   if (worth_tiles(w)) return mix_on_tiles(bits, w, first, frames, lines);
 #endif
-  int64_t query = 0;
-  for (; query < w->queries % MIXED; query++)
+  if (w->queries == 1) {
     for (int64_t channel = 0; channel < w->channels; channel += 4 * alone)
-      mix_strip(bits, w, first, frames, lines, query, 1, channel, alone);
+      mix_strip(1, bits, w, first, frames, lines, 0, channel, alone);
+    return;
+  }
   for (int64_t channel = 0; channel < w->channels; channel += 16)
-    for (int64_t q = query; q < w->queries; q += MIXED)
-      mix_strip(bits, w, first, frames, lines, q, MIXED, channel, 4);
+    for (int64_t query = 0, count; query < w->queries; query += count) {
+      count = together(w->queries - query, MIXED_MOST, MIXED);
+      FOR_COUNT(count, MIXED_MOST, mix_strip, bits, w, first, frames, lines, query, channel, 4)
+    }
 }
 
 /* ---- softmax, block by block ---- */
