@@ -1,15 +1,26 @@
-"""Builds the C extensions. One wheel serves every Python >= 3.10 and every torch >= 2.10: neither is linked against."""
+"""Builds the C extensions. One wheel serves every Python >= 3.10 and every torch >= 2.10: neither is linked against.
+
+WHISPERKV_CUDA     auto (default): the kernels for CUDA if nvcc is there; on: they must be; off: without them;
+                   on_cpu: these kernels, compiled for the CPU, in the place of its own, to be tested (see tests/cuda)
+WHISPERKV_ARCHS    compute capabilities to compile for, "80;89;90" by default; the last as PTX for newer GPUs too
+WHISPERKV_CFLAGS, WHISPERKV_LDFLAGS  more flags
+"""
 
 import os
 import platform
+import shutil
+import subprocess
+import sys
 from glob import glob
+from pathlib import Path
 
 import numpy
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 CFLAGS = "-std=c11 -O3 -g0 -Wall -Wextra -fexceptions -fvisibility=hidden -fno-math-errno".split()
-CFLAGS += os.environ.get("WHISPERKV_CFLAGS", "").split()
+CFLAGS_OF_USER = os.environ.get("WHISPERKV_CFLAGS", "").split()
+CFLAGS += CFLAGS_OF_USER
 LDFLAGS = os.environ.get("WHISPERKV_LDFLAGS", "").split()
 
 ISAS = {"portable": []}  # the flags of each instruction set that the kernels are compiled for
@@ -21,45 +32,107 @@ if platform.machine() in ("x86_64", "AMD64"):
     ISAS["amx"] = ["-DWKV_AMX", "-mamx-tile", "-mamx-int8", *ISAS["avx512_bf16"]]
 
 KERNELS = [f"csrc/cpu/{name}.c" for name in ("self", "cross", "pack")]
-
+CUDA_KERNELS = [f"csrc/cuda/{name}.cu" for name in ("self", "cross", "pack")]
 HEADERS = glob("csrc/**/*.h", recursive=True)
+
+BINDING = [f"csrc/bind/torch_{name}.c" for name in ("call", "cross", "ops", "self", "shim")]
+ON_CPU = ["csrc/cpu/dispatch.c", "csrc/cpu/plan.c"]
+
+CUDA = os.environ.get("WHISPERKV_CUDA", "auto")
+if CUDA not in ("auto", "on", "off", "on_cpu"):
+    sys.exit(f"WHISPERKV_CUDA={CUDA}: must be auto, on, off or on_cpu")
+
+
+def cuda_home():
+    """The folder of a CUDA toolkit that has a compiler and the static runtime, or None."""
+    nvcc = shutil.which("nvcc")
+    places = [os.environ.get("CUDA_HOME"), nvcc and Path(nvcc).resolve().parents[1], "/usr/local/cuda"]
+    return next((Path(p) for p in places if p and (Path(p) / "bin/nvcc").exists() and cudart(Path(p))), None)
+
+
+def cudart(home):
+    """The folder of the static runtime."""
+    folders = (home / "lib64", home / "lib", *home.glob("targets/*/lib"))
+    return next((folder for folder in folders if (folder / "libcudart_static.a").exists()), None)
+
+
+HOME = cuda_home() if CUDA in ("auto", "on") else None
+if CUDA == "on" and not HOME:
+    sys.exit("WHISPERKV_CUDA=on: no CUDA toolkit with nvcc and libcudart_static.a found; set CUDA_HOME")
+if CUDA == "auto" and not HOME:
+    print("whisperkv: built without CUDA, as no nvcc was found (set CUDA_HOME to have it)", file=sys.stderr)
 
 
 def extension(name, *sources, **options):
     return Extension(
         f"whisperkv.{name}",
-        ["csrc/cpu/dispatch.c", "csrc/cpu/plan.c", *sources],
-        depends=HEADERS,
-        define_macros=[("Py_LIMITED_API", "0x030A0000"), *((f"WKV_HAVE_{isa.upper()}", None) for isa in ISAS)],
+        list(sources),
+        depends=[*HEADERS, "setup.py"],
         extra_compile_args=CFLAGS,
-        extra_link_args=LDFLAGS,
+        extra_link_args=[*LDFLAGS, *options.pop("link", [])],
+        define_macros=[
+            ("Py_LIMITED_API", "0x030A0000"),
+            *((f"WKV_HAVE_{isa.upper()}", None) for isa in ISAS),
+            *([("WKV_CUDA_ON_CPU", None)] if CUDA == "on_cpu" else []),
+        ],
         py_limited_api=True,
         **options,
     )
 
 
 class BuildExt(build_ext):
+    """Compiles the kernels once, for all extensions that link them."""
+
     def build_extensions(self):
-        """Compiles the kernels once per instruction set, for all extensions to link."""
-        kernels = []
         for isa, flags in ISAS.items():
-            kernels += self.compiler.compile(
+            objects = self.compiler.compile(
                 KERNELS,
                 output_dir=os.path.join(self.build_temp, isa),
                 macros=[("WKV_ISA", isa)],
                 extra_postargs=CFLAGS + flags,
             )
-        for ext in self.extensions:
-            ext.extra_objects += kernels
-            ext.depends = [*ext.depends, *kernels]  # else a change in a kernel would not be linked in
+            self.link(objects, lambda ext: "csrc/cpu/dispatch.c" in ext.sources)
+        if HOME or CUDA == "on_cpu":
+            command = nvcc_command() if HOME else on_cpu_command()
+            objects = [self.compile_cuda(command, source) for source in CUDA_KERNELS]
+            self.link(objects, lambda ext: "csrc/bind/torch_cuda.c" in ext.sources)
         super().build_extensions()
 
+    def link(self, objects, wants):
+        for ext in filter(wants, self.extensions):
+            ext.extra_objects += objects
+            ext.depends = [*ext.depends, *objects]  # else a change in a kernel would not be linked in
 
-setup(
-    ext_modules=[
-        extension("_torch", *sorted(glob("csrc/bind/torch*.c"))),
-        extension("_numpy", "csrc/bind/numpy.c", include_dirs=[numpy.get_include()]),
-    ],
-    cmdclass={"build_ext": BuildExt},
-    options={"bdist_wheel": {"py_limited_api": "cp310"}},
-)
+    def compile_cuda(self, command, source):
+        place = Path(self.build_temp, "cuda" if HOME else "cuda_on_cpu", source).with_suffix(".o")
+        newest = max(os.path.getmtime(file) for file in (source, "setup.py", *HEADERS, *glob("tests/cuda/*.h")))
+        if self.force or not place.exists() or place.stat().st_mtime < newest:
+            place.parent.mkdir(parents=True, exist_ok=True)
+            subprocess.run([*command, "-c", source, "-o", str(place)], check=True)
+        return str(place)
+
+
+def nvcc_command():
+    archs = os.environ.get("WHISPERKV_ARCHS", "80;89;90").split(";")
+    codes = [f"arch=compute_{arch},code=sm_{arch}" for arch in archs]
+    codes.append(f"arch=compute_{archs[-1]},code=compute_{archs[-1]}")
+    host = "-fPIC,-fvisibility=hidden,-fno-exceptions,-fno-rtti,-fno-threadsafe-statics"  # no C++ runtime to link
+    options = ["-O3", "-std=c++17", "--threads", "0", "-Xcompiler", host]
+    return [str(HOME / "bin/nvcc"), *options, *(word for code in codes for word in ("-gencode", code))]
+
+
+def on_cpu_command():
+    flags = "-x c++ -std=c++17 -O2 -g1 -Wall -Wextra -Wno-unknown-pragmas -fPIC -fvisibility=hidden"
+    return ["g++", *flags.split(), *CFLAGS_OF_USER, "-include", "tests/cuda/cudashim.h"]
+
+
+extensions = [extension("_numpy", "csrc/bind/numpy.c", *ON_CPU, include_dirs=[numpy.get_include()])]
+if CUDA == "on_cpu":
+    extensions.append(extension("_torch", "csrc/bind/torch.c", "csrc/bind/torch_cuda.c", *BINDING, link=["-lstdc++"]))
+else:
+    extensions.append(extension("_torch", "csrc/bind/torch.c", "csrc/bind/torch_cpu.c", *BINDING, *ON_CPU))
+if HOME:
+    libraries = {"library_dirs": [str(cudart(HOME))], "libraries": ["cudart_static", "rt", "pthread", "dl"]}
+    extensions.append(extension("_cuda", "csrc/bind/cuda.c", "csrc/bind/torch_cuda.c", *BINDING, **libraries))
+
+setup(ext_modules=extensions, cmdclass={"build_ext": BuildExt}, options={"bdist_wheel": {"py_limited_api": "cp310"}})

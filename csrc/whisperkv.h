@@ -5,6 +5,10 @@
 #include <stddef.h>
 #include <stdint.h>
 
+#ifdef __cplusplus /* CUDA's compiler */
+extern "C" {
+#endif
+
 enum wkv_dtype { WKV_FLOAT32, WKV_BFLOAT16, WKV_FLOAT16, WKV_DTYPES };
 
 /* Where each row stands: int32 [WKV_CURSORS, rows]. */
@@ -99,13 +103,15 @@ struct wkv_cross_attention {
   float *weights;               /* [rows, heads, tokens, frames], 0 from lengths on; NULL if not wanted */
   float scale;                  /* of the query, which in bfloat16 may be rounded again */
 
-  /* Made by wkv_cross_plan, but for the memory. It depends on the sizes and owners alone, so that the bits do not
-   * depend on the number of threads. */
+  /* Made by the plan of the device, but for the memory. It depends on the sizes (on the CPU on the owners too) and
+   * never on the number of threads, and so do the bits. */
   int64_t parts, splits;        /* an item is one part and head over one of `splits` ranges of frames */
-  struct wkv_together *part;    /* [rows * tokens] at most */
-  float *sums;                  /* [splits, rows * tokens, heads, channels] */
+  struct wkv_together *part;    /* [rows * tokens] at most; of the CPU */
+  float *sums;                  /* [splits, rows * tokens, heads, channels]; NULL in CUDA if nothing is split */
   float *totals;                /* [splits, rows * tokens, heads, 2]: largest logit, sum of exponentials */
 };
+
+/* ---- on the CPU ---- */
 
 /* Fills parts, splits and part. */
 void wkv_cross_plan(struct wkv_cross_attention *);
@@ -142,4 +148,20 @@ const struct wkv_cpu_kernels *wkv_cpu_select(const char *isa, char *error, size_
 const char *wkv_check_cursor(const int32_t *cursor, int64_t rows, int64_t tokens, int64_t slots, char *error,
                              size_t error_size);
 
+/* ---- on a GPU: the whole of a problem, whose pointers are the device's, on a cudaStream_t ----
+ *
+ * They return NULL, or what CUDA says is wrong. They wait for nothing and take no memory, so that a graph can capture
+ * them. Cursors, owners and lengths are read by the device and cannot be checked first: a row whose own are not sound
+ * gets zeros, and nothing is written where it does not belong. */
+
+const char *wkv_cuda_compact_attention(const struct wkv_attention *, void *stream);
+const char *wkv_cuda_score_evict(const struct wkv_eviction *, void *stream);
+const char *wkv_cuda_pack(const struct wkv_packing *, void *stream);
+/* Fills splits. */
+void wkv_cuda_cross_plan(struct wkv_cross_attention *);
+const char *wkv_cuda_cross_attention(const struct wkv_cross_attention *, void *stream);
+
+#ifdef __cplusplus
+}
+#endif
 #endif

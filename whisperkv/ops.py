@@ -12,7 +12,25 @@ from . import _torch
 POLICIES = _torch.POLICIES  # (name, reads_attention, reads_key_norm); a policy's number is its place
 ISA = _torch.ISA
 
-_torch.register(os.path.join(os.path.dirname(torch.__file__), "lib", "libtorch_cpu.so"))
+_LIBRARIES = [os.path.join(os.path.dirname(torch.__file__), "lib", f"libtorch_{name}.so") for name in ("cpu", "cuda")]
+_torch.register(_LIBRARIES[0])
+
+
+def _start_cuda():
+    """"" if the ops take CUDA tensors from now on, else why not."""
+    if not torch.cuda.is_available():
+        return "torch finds no GPU"
+    try:
+        from . import _cuda
+
+        _cuda.register(*_LIBRARIES)
+    except ImportError as error:
+        return f"this whisperkv was built without CUDA, install it where nvcc is ({error})"
+    return ""
+
+
+CUDA_REASON = _start_cuda()
+CUDA = not CUDA_REASON
 
 _NO_GRADIENT = "and no gradient can pass through a cache: call under torch.no_grad()"
 

@@ -1,13 +1,10 @@
 /* whisperkv._torch: registers the torch ops. */
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
-#include <stdlib.h>
 
 #include "../policies.h"
+#include "torch_device.h"
 #include "torch_ops.h"
-#include "torch_shim.h"
-
-static const struct wkv_cpu_kernels *kernels;
 
 static PyObject *register_ops(PyObject *const module, PyObject *const path) {
   static bool registered; /* once in a process, however often the module is imported */
@@ -19,7 +16,7 @@ static PyObject *register_ops(PyObject *const module, PyObject *const path) {
   const char *const reason = torch_shim_load(PyBytes_AsString(bytes), error, sizeof error);
   Py_DECREF(bytes);
   if (reason) return PyErr_Format(PyExc_ImportError, "%s", reason);
-  const char *const failed = torch_ops_register(kernels);
+  const char *const failed = torch_ops_register(true);
   if (failed) return PyErr_Format(PyExc_ImportError, "torch refused the ops of whisperkv: %s failed", failed);
   registered = true;
   Py_RETURN_NONE;
@@ -36,13 +33,13 @@ static bool add(PyObject *const module, const char *const name, PyObject *const 
 
 static int start(PyObject *const module) {
   char error[256];
-  kernels = wkv_cpu_select(getenv("WHISPERKV_ISA"), error, sizeof error);
-  if (!kernels) {
+  const char *const isa = device_start(error, sizeof error);
+  if (!isa) {
     PyErr_Format(PyExc_ImportError, "environment variable WHISPERKV_ISA: %s", error);
     return -1;
   }
   PyObject *const policies = Py_BuildValue("(" WKV_POLICIES(POLICY_FORMAT) ")" WKV_POLICIES(POLICY_VALUES));
-  return add(module, "ISA", PyUnicode_FromString(kernels->isa)) && add(module, "POLICIES", policies) ? 0 : -1;
+  return add(module, "ISA", PyUnicode_FromString(isa)) && add(module, "POLICIES", policies) ? 0 : -1;
 }
 
 static PyMethodDef methods[] = {

@@ -1,6 +1,8 @@
 /* Checks of what an op was given, and what every op needs. */
 #include "torch_call.h"
 
+#include "torch_device.h"
+
 #include <math.h>
 #include <stdarg.h>
 #include <stdio.h>
@@ -55,16 +57,21 @@ static int index_of(const int32_t number, const int32_t *const numbers, const in
 
 bool accept(struct call *const call, const int i, const struct argument *const want, const bool is_read) {
   const AtenTensorHandle tensor = call->tensors[i];
-  int32_t dtype_number, device_number;
+  int32_t dtype_number, device_number, device_index;
   int64_t dim, *sizes;
   bool contiguous;
   if (shim.aoti_torch_get_dtype(tensor, &dtype_number) || shim.aoti_torch_get_device_type(tensor, &device_number) ||
+      shim.aoti_torch_get_device_index(tensor, &device_index) ||
       shim.aoti_torch_get_dim(tensor, &dim) || shim.aoti_torch_get_sizes(tensor, &sizes) ||
       shim.aoti_torch_is_contiguous(tensor, &contiguous) || shim.aoti_torch_get_data_ptr(tensor, &call->data[i]))
     return fail(call, "%s must be an ordinary tensor that has memory", want->name);
 
   const int device = index_of(device_number, shim.devices, TORCH_DEVICE_COUNT);
-  if (device != TORCH_DEVICE_cpu) return fail(call, "%s must be on cpu, got %s", want->name, device_names[device]);
+  if (device != (int)device_type)
+    return fail(call, "%s must be on %s, got %s", want->name, device_names[device_type], device_names[device]);
+  if (call->device_index != UNKNOWN && device_index != call->device_index)
+    return fail(call, "%s must be on %s:%d as the others, got %s:%d", want->name, device_names[device],
+                call->device_index, device_names[device], device_index);
 
   const int dtype = index_of(dtype_number, shim.dtypes, TORCH_DTYPE_COUNT);
   const int wanted = want->dtype == CACHE ? call->cache_dtype : want->dtype;
@@ -75,6 +82,7 @@ bool accept(struct call *const call, const int i, const struct argument *const w
   if (!has_shape(call, want, dim, sizes)) return fail_shape(call, want, dim, sizes);
   if (is_read && !contiguous) return fail(call, "%s must be contiguous, got a strided view", want->name);
 
+  call->device_index = device_index;
   if (want->dtype == CACHE) call->cache_dtype = dtype;
   for (int64_t d = 0; d < dim; d++) call->sizes[want->shape[d]] = sizes[d];
   return true;
@@ -117,18 +125,28 @@ bool needs_no_grad(struct call *const call, const struct argument *const argumen
   return true;
 }
 
-bool new_result(struct call *const call, const int i, const int dim, const int64_t *const sizes,
-                       const int dtype, void **const data) {
+static bool new_tensor(const struct call *const call, const int dim, const int64_t *const sizes, const int dtype,
+                       AtenTensorHandle *const tensor, void **const data) {
   int64_t strides[MAX_DIM], stride = 1;
   for (int d = dim - 1; d >= 0; d--) {
     strides[d] = stride;
     stride *= sizes[d] > 1 ? sizes[d] : 1;
   }
-  AtenTensorHandle *const result = &call->results[i];
-  const int32_t cpu = shim.devices[TORCH_DEVICE_cpu];
-  return (!shim.aoti_torch_empty_strided(dim, sizes, strides, shim.dtypes[dtype], cpu, 0, result) &&
-          !shim.aoti_torch_get_data_ptr(*result, data)) ||
-         fail(call, "no memory for the result");
+  return !shim.aoti_torch_empty_strided(dim, sizes, strides, shim.dtypes[dtype], shim.devices[device_type],
+                                        call->device_index, tensor) &&
+         !shim.aoti_torch_get_data_ptr(*tensor, data);
+}
+
+bool new_result(struct call *const call, const int i, const int dim, const int64_t *const sizes, const int dtype,
+                void **const data) {
+  return new_tensor(call, dim, sizes, dtype, &call->results[i], data) || fail(call, "no memory for the result");
+}
+
+void *borrow(struct call *const call, const int64_t floats) {
+  int i = 0;
+  while (call->borrowed[i]) i++;
+  void *data;
+  return new_tensor(call, 1, &floats, TORCH_DTYPE_float32, &call->borrowed[i], &data) ? data : NULL;
 }
 
 bool is_within(struct call *const call, const char *const name, const int64_t number, const int64_t least,
@@ -139,14 +157,4 @@ bool is_within(struct call *const call, const char *const name, const int64_t nu
 
 bool is_finite(struct call *const call, const char *const name, const double number) {
   return isfinite((float)number) || fail(call, "%s must be finite, got %g", name, number);
-}
-
-enum { WORTH_A_THREAD = 1 << 17 }; /* numbers of the cache to read, below which waking a thread costs more */
-
-bool share_out(struct call *const call, const int64_t items, const double numbers_per_item,
-                      const torch_range_task task, void *const context) {
-  const int64_t items_per_thread = 1 + (int64_t)(WORTH_A_THREAD / numbers_per_item);
-  if (items <= items_per_thread) return task(0, items, context), true;
-  return !shim.torch_parallel_for(0, items, items_per_thread, task, context) ||
-         fail(call, "torch could not share out the work");
 }

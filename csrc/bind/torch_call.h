@@ -8,7 +8,7 @@
 
 enum size { ROWS, TOKENS, HEADS, SLOTS, DIM, CURSORS, AUDIOS, FRAMES, TILES, STRIP, CHANNELS, GROUPS, PAIR, SIZES };
 
-enum { UNKNOWN = -1, MAX_DIM = 5, MAX_TENSORS = 7, MAX_RESULTS = 2, ERROR_SIZE = 512, CACHE = TORCH_DTYPE_COUNT };
+enum { UNKNOWN = -1, MAX_DIM = 5, MAX_TENSORS = 7, MAX_RESULTS = 2, MAX_BORROWED = 2, ERROR_SIZE = 512, CACHE = TORCH_DTYPE_COUNT };
 
 struct argument {
   const char *name;
@@ -19,10 +19,11 @@ struct argument {
 
 /* Its tensors, and what those accepted so far say about the others. */
 struct call {
-  AtenTensorHandle tensors[MAX_TENSORS], results[MAX_RESULTS];
+  AtenTensorHandle tensors[MAX_TENSORS], results[MAX_RESULTS], borrowed[MAX_BORROWED];
   void *data[MAX_TENSORS];
   int64_t sizes[SIZES];
-  int cache_dtype;
+  int cache_dtype, device_index; /* UNKNOWN, until a tensor says */
+  CUDAGuardHandle guard; /* while a kernel is launched */
   char error[ERROR_SIZE];
 };
 
@@ -42,8 +43,8 @@ bool is_finite(struct call *, const char *name, double number);
 /* A new contiguous tensor, the i-th result of the call. */
 bool new_result(struct call *, int i, int dim, const int64_t *sizes, int dtype, void **data);
 
-/* Which thread does an item does not change its bits. */
-bool share_out(struct call *, int64_t items, double numbers_per_item, torch_range_task task, void *context);
+/* Memory for as long as the call runs: two more tensors, released with it. NULL if there is none. */
+void *borrow(struct call *, int64_t floats);
 
 bool as_bool(StableIValue);
 double as_double(StableIValue);

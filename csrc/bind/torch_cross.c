@@ -1,7 +1,5 @@
 /* The ops of cross-attention. */
-#include <stdlib.h>
-#include <string.h>
-
+#include "torch_device.h"
 #include "torch_ops.h"
 
 static int64_t count_of(const int64_t n, const int64_t unit) { return (n + unit - 1) / unit; }
@@ -11,11 +9,6 @@ static bool is_group(struct call *const call, const int64_t group) {
          fail(call, "group must be 16, 32, 64, 128 or a multiple of 256 frames, got %lld", (long long)group);
 }
 
-static bool is_sound(struct call *const call, const int32_t *const owner, const int32_t *const lengths) {
-  const int64_t *const size = call->sizes;
-  return !wkv_check_owners(owner, size[ROWS], lengths, size[AUDIOS], size[FRAMES], call->error, sizeof call->error);
-}
-
 /* ---- pack_frames ---- */
 
 enum { STATES, PACKED_LENGTHS, PACKING_TENSORS };
@@ -23,10 +16,6 @@ static const struct argument packing_arguments[PACKING_TENSORS] = {
     [STATES] = {"states", CACHE, 4, {AUDIOS, FRAMES, HEADS, DIM}},
     [PACKED_LENGTHS] = {"lengths", TORCH_DTYPE_int32, 1, {AUDIOS}},
 };
-
-static void pack(const int64_t begin, const int64_t end, void *const packing) {
-  torch_kernels->pack(packing, begin, end);
-}
 
 static bool pack_frames(struct call *const call, const StableIValue *const numbers) {
   const int64_t bits = (int64_t)numbers[0], group = (int64_t)numbers[1];
@@ -40,7 +29,6 @@ static bool pack_frames(struct call *const call, const StableIValue *const numbe
   const int64_t scales_shape[] = {size[AUDIOS], size[HEADS], groups, 2, channels};
   void *codes, *scales;
   if (!is_group(call, group) || !needs_no_grad(call, packing_arguments, PACKING_TENSORS) ||
-      !is_sound(call, NULL, call->data[PACKED_LENGTHS]) ||
       !new_result(call, 0, 5, codes_shape, TORCH_DTYPE_uint8, &codes) ||
       !new_result(call, 1, 5, scales_shape, TORCH_DTYPE_float32, &scales))
     return false;
@@ -57,7 +45,7 @@ static bool pack_frames(struct call *const call, const StableIValue *const numbe
       .codes = codes,
       .scales = scales,
   };
-  return share_out(call, size[AUDIOS] * size[HEADS] * groups, 2.0 * group * size[DIM], pack, &packing);
+  return device_pack(call, &packing);
 }
 
 /* ---- cross_attention ---- */
@@ -102,50 +90,6 @@ static bool fits(struct call *const call, const int64_t frames, const int64_t gr
   return true;
 }
 
-struct sharing {
-  struct wkv_cross_attention *attention;
-  size_t scratch;
-  bool no_memory;
-};
-
-static void attend(const int64_t begin, const int64_t end, void *const context) {
-  struct sharing *const sharing = context;
-  void *const scratch = aligned_alloc(64, count_of(sharing->scratch, 64) * 64);
-  if (scratch) torch_kernels->cross_attention(sharing->attention, scratch, begin, end);
-  else sharing->no_memory = true;
-  free(scratch);
-}
-
-static void finish(const int64_t begin, const int64_t end, void *const context) {
-  const struct sharing *const sharing = context;
-  torch_kernels->cross_finish(sharing->attention, begin, end);
-}
-
-static bool attend_planned(struct call *const call, struct wkv_cross_attention *const a) {
-  const int64_t *const size = call->sizes, channels = count_of(size[DIM], WKV_CHANNELS) * WKV_CHANNELS;
-  const int64_t queries = size[ROWS] * size[TOKENS];
-  if (queries == 0) return true;
-  struct sharing sharing = {a, wkv_cross_scratch(a), false};
-  a->part = malloc((size_t)queries * sizeof *a->part);
-  if (a->part) wkv_cross_plan(a);
-  const int64_t lines = a->splits * queries * size[HEADS];
-  a->sums = aligned_alloc(64, (size_t)(lines * channels) * sizeof *a->sums); /* channels are whole lines of memory */
-  a->totals = malloc((size_t)lines * 2 * sizeof *a->totals);
-  bool done = (a->part && a->sums && a->totals) ||
-              fail(call, "no memory for the sums of %lld queries", (long long)queries);
-  if (done) {
-    const double numbers = 2.0 * queries * size[HEADS] * size[FRAMES] * size[DIM];
-    const int64_t items = a->parts * size[HEADS] * a->splits;
-    done = share_out(call, items, numbers / (double)items, attend, &sharing) &&
-           share_out(call, queries * size[HEADS], (double)(a->splits * channels), finish, &sharing);
-  }
-  if (done && sharing.no_memory) done = fail(call, "no memory for a thread's scratch");
-  free(a->part);
-  free(a->sums);
-  free(a->totals);
-  return done;
-}
-
 static bool cross_attention(struct call *const call, const StableIValue *const numbers) {
   const bool is_packed = dtype_of(call, KEYS) == TORCH_DTYPE_uint8;
   const struct argument *const arguments = is_packed ? packed_arguments : plain_arguments;
@@ -160,7 +104,6 @@ static bool cross_attention(struct call *const call, const StableIValue *const n
   const int64_t weights_shape[] = {size[ROWS], size[HEADS], size[TOKENS], size[FRAMES]};
   void *output, *weights;
   if (!is_finite(call, "scale", scale) || !needs_no_grad(call, arguments, CROSS_TENSORS) ||
-      !is_sound(call, call->data[OWNER], call->data[LENGTHS]) ||
       !new_result(call, 0, 4, output_shape, call->cache_dtype, &output) ||
       !new_result(call, 1, want_weights ? 4 : 1, want_weights ? weights_shape : &none, TORCH_DTYPE_float32, &weights))
     return false;
@@ -185,7 +128,7 @@ static bool cross_attention(struct call *const call, const StableIValue *const n
       .weights = want_weights ? weights : NULL,
       .scale = (float)scale,
   };
-  return attend_planned(call, &attention);
+  return device_attend_cross(call, &attention);
 }
 
 const struct torch_op pack_frames_op = {

@@ -12,9 +12,8 @@ struct torch_op {
 /* O(name): torch_self.c and torch_cross.c define name##_op. */
 #define TORCH_OPS(O) O(compact_attention) O(score_evict) O(pack_frames) O(cross_attention)
 
-extern const struct wkv_cpu_kernels *torch_kernels;
-
-/* Registers them for the life of the process; torch_shim_load comes first. NULL, or the step that failed. */
-const char *torch_ops_register(const struct wkv_cpu_kernels *kernels);
+/* Registers their schemas, if told to, and their kernels for the device of this module, for the life of the process;
+ * torch_shim_load comes first. NULL, or the step that failed. */
+const char *torch_ops_register(bool with_schemas);
 
 #endif

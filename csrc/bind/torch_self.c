@@ -2,6 +2,7 @@
 #include <string.h>
 
 #include "../policies.h"
+#include "torch_device.h"
 #include "torch_ops.h"
 
 #define POLICY_READS(name, attention, key_norm) {attention, key_norm},
@@ -10,10 +11,6 @@ static const struct {
 } policies[] = {WKV_POLICIES(POLICY_READS)};
 
 enum { POLICIES = sizeof policies / sizeof policies[0] };
-
-static bool is_sound(struct call *const call, const int32_t *const cursor, const int64_t slots) {
-  return !wkv_check_cursor(cursor, call->sizes[ROWS], call->sizes[TOKENS], slots, call->error, sizeof call->error);
-}
 
 /* ---- compact_attention ---- */
 
@@ -27,10 +24,6 @@ static const struct argument attention_arguments[ATTENTION_TENSORS] = {
     [CURSOR] = {"cursor", TORCH_DTYPE_int32, 2, {CURSORS, ROWS}},
 };
 
-static void attend(const int64_t begin, const int64_t end, void *const attention) {
-  torch_kernels->compact_attention(attention, begin, end);
-}
-
 static bool compact_attention(struct call *const call, const StableIValue *const numbers) {
   for (int i = 0; i < ATTENTION_TENSORS; i++)
     if (!accept(call, i, &attention_arguments[i], true)) return false;
@@ -41,7 +34,6 @@ static bool compact_attention(struct call *const call, const StableIValue *const
   const int64_t weights_shape[] = {size[ROWS], size[HEADS], size[TOKENS], size[SLOTS]};
   void *output, *weights;
   if (!is_finite(call, "scale", scale) || !needs_no_grad(call, attention_arguments, ATTENTION_TENSORS) ||
-      !is_sound(call, call->data[CURSOR], size[SLOTS]) ||
       !new_result(call, 0, 4, output_shape, call->cache_dtype, &output) ||
       !new_result(call, 1, want_weights ? 4 : 1, want_weights ? weights_shape : &none, TORCH_DTYPE_float32, &weights))
     return false;
@@ -62,7 +54,7 @@ static bool compact_attention(struct call *const call, const StableIValue *const
       .weights = want_weights ? weights : NULL,
       .scale = (float)scale,
   };
-  return share_out(call, size[ROWS] * size[HEADS], 2.0 * size[TOKENS] * size[SLOTS] * size[DIM], attend, &attention);
+  return device_attend(call, &attention);
 }
 
 /* ---- score_evict ---- */
@@ -76,10 +68,6 @@ static const struct argument eviction_arguments[EVICTION_TENSORS] = {
     [SCORES] = {"scores", TORCH_DTYPE_float32, 2, {ROWS, SLOTS}},
 };
 
-static void evict(const int64_t begin, const int64_t end, void *const eviction) {
-  torch_kernels->score_evict(eviction, begin, end);
-}
-
 static bool score_evict(struct call *const call, const StableIValue *const numbers) {
   const int64_t policy = (int64_t)numbers[0], budget = (int64_t)numbers[1], recent = (int64_t)numbers[2];
   const double decay = as_double(numbers[3]);
@@ -91,9 +79,7 @@ static bool score_evict(struct call *const call, const StableIValue *const numbe
     if (!accept(call, i, &eviction_arguments[i], is_read[i])) return false;
   const int64_t *const size = call->sizes;
   if (!is_within(call, "budget", budget, 1, size[SLOTS]) || !is_within(call, "recent", recent, 1, INT32_MAX) ||
-      !is_finite(call, "decay", decay) || !needs_no_grad(call, eviction_arguments, EVICTION_TENSORS) ||
-      /* several tokens were appended one after another, so none but the last may call for an eviction */
-      !is_sound(call, call->data[MOVED_CURSOR], size[TOKENS] > 1 ? budget : size[SLOTS]))
+      !is_finite(call, "decay", decay) || !needs_no_grad(call, eviction_arguments, EVICTION_TENSORS))
     return false;
   struct wkv_eviction eviction = {
       .rows = size[ROWS],
@@ -112,7 +98,7 @@ static bool score_evict(struct call *const call, const StableIValue *const numbe
       .recent = recent,
       .decay = (float)decay,
   };
-  return share_out(call, size[ROWS], 1.0 * size[TOKENS] * size[SLOTS] * (size[HEADS] + 1), evict, &eviction);
+  return device_evict(call, &eviction);
 }
 
 const struct torch_op compact_attention_op = {

@@ -12,7 +12,7 @@ struct torch_shim shim;
 static const struct {
   const char *name;
   size_t offset;
-} functions[] = {TORCH_FUNCTIONS(FUNCTION_PLACE)};
+} functions[] = {TORCH_FUNCTIONS(FUNCTION_PLACE)}, cuda_functions[] = {TORCH_CUDA_FUNCTIONS(FUNCTION_PLACE)};
 
 #define DTYPE_SYMBOL(name) "aoti_torch_dtype_" #name,
 #define DEVICE_SYMBOL(name) "aoti_torch_device_type_" #name,
@@ -67,4 +67,20 @@ const char *torch_shim_load(const char *const path, char *const error, const siz
   const char *const missing = find_all(library);
   if (missing) snprintf(error, error_size, "torch at %s has no %s, which whisperkv needs: " UPGRADE, path, missing);
   return missing ? error : NULL;
+}
+
+const char *torch_shim_load_cuda(const char *const path, char *const error, const size_t error_size) {
+  void *library = dlopen(path, RTLD_NOW | RTLD_NOLOAD);
+  if (!library) library = dlopen("libtorch_cuda.so", RTLD_NOW | RTLD_NOLOAD);
+  if (!library) {
+    snprintf(error, error_size, "this torch has no CUDA (looked for %s): install one that has", path);
+    return error;
+  }
+  for (size_t i = 0; i < sizeof cuda_functions / sizeof cuda_functions[0]; i++)
+    if (!find(library, cuda_functions[i].name, (char *)&shim + cuda_functions[i].offset)) {
+      snprintf(error, error_size, "torch at %s has no %s, which whisperkv needs: " UPGRADE, path,
+               cuda_functions[i].name);
+      return error;
+    }
+  return NULL;
 }

@@ -13,6 +13,7 @@ class TorchLibraryOpaque; /* a class in torch's headers */
 
 typedef struct AtenTensorOpaque *AtenTensorHandle;
 typedef struct TorchLibraryOpaque *TorchLibraryHandle;
+typedef struct CUDAGuardOpaque *CUDAGuardHandle;
 typedef uint64_t StableIValue; /* one argument or result of an op: a tensor handle, or the bytes of a number */
 typedef int32_t AOTITorchError;
 typedef void (*torch_boxed_op)(StableIValue *stack, uint64_t inputs, uint64_t outputs);
@@ -47,6 +48,12 @@ typedef void (*torch_range_task)(int64_t begin, int64_t end, void *context);
   F(AOTITorchError, torch_parallel_for, (int64_t, int64_t, int64_t, torch_range_task, void *)) \
   F(void, aoti_torch_check, (bool, const char *, const char *, uint32_t, const char *))
 
+/* Those of libtorch_cuda. */
+#define TORCH_CUDA_FUNCTIONS(F) \
+  F(AOTITorchError, aoti_torch_create_cuda_guard, (int32_t, CUDAGuardHandle *)) \
+  F(AOTITorchError, aoti_torch_delete_cuda_guard, (CUDAGuardHandle)) \
+  F(AOTITorchError, aoti_torch_get_current_cuda_stream, (int32_t, void **))
+
 /* N(name): torch is asked for the number of each, by aoti_torch_dtype_<name> and aoti_torch_device_type_<name>.
  * The first three are those of enum wkv_dtype, in its order. */
 #define TORCH_DTYPES(N) \
@@ -61,14 +68,18 @@ enum torch_device { TORCH_DEVICES(TORCH_DEVICE_NUMBER) TORCH_DEVICE_COUNT };
 #define TORCH_FIELD(result, name, arguments) result(*name) arguments;
 struct torch_shim {
   TORCH_FUNCTIONS(TORCH_FIELD)
+  TORCH_CUDA_FUNCTIONS(TORCH_FIELD)
   int32_t dtypes[TORCH_DTYPE_COUNT], devices[TORCH_DEVICE_COUNT];
 };
 
-/* Filled by torch_shim_load. */
+/* Filled by torch_shim_load, but for what torch_shim_load_cuda fills. */
 extern struct torch_shim shim;
 
 /* Finds the libtorch_cpu that the process has loaded. NULL, or what the user should do, written to error. */
 const char *torch_shim_load(const char *path, char *error, size_t error_size);
+
+/* The same for libtorch_cuda. */
+const char *torch_shim_load_cuda(const char *path, char *error, size_t error_size);
 
 #ifdef __cplusplus
 }

@@ -1,0 +1,67 @@
+/* The ops on CUDA: on the device of their tensors, and the stream that torch is using there. */
+#include "torch_device.h"
+
+#ifdef WKV_CUDA_ON_CPU /* the kernels of CUDA compiled for the CPU, see tests/cuda */
+const enum torch_device device_type = TORCH_DEVICE_cpu;
+const char *const device_key = "CPU";
+
+const char *device_start(char *const error, const size_t error_size) {
+  (void)error, (void)error_size;
+  return "cuda_on_cpu";
+}
+
+static bool enter(struct call *const call, void **const stream) {
+  (void)call, *stream = NULL;
+  return true;
+}
+
+static void leave(struct call *const call) { (void)call; }
+#else
+const enum torch_device device_type = TORCH_DEVICE_cuda;
+const char *const device_key = "CUDA";
+
+/* Makes the device of the tensors the current one. */
+static bool enter(struct call *const call, void **const stream) {
+  return (!shim.aoti_torch_create_cuda_guard(call->device_index, &call->guard) &&
+          !shim.aoti_torch_get_current_cuda_stream(call->device_index, stream)) ||
+         fail(call, "torch has no stream on cuda:%d", call->device_index);
+}
+
+static void leave(struct call *const call) {
+  if (call->guard) shim.aoti_torch_delete_cuda_guard(call->guard);
+}
+#endif
+
+typedef const char *launch_function(const void *problem, void *stream);
+
+static bool launch(struct call *const call, launch_function *const function, const void *const problem) {
+  void *stream;
+  const bool entered = enter(call, &stream);
+  const char *const wrong = entered ? function(problem, stream) : NULL;
+  leave(call);
+  return entered && (!wrong || fail(call, "%s", wrong));
+}
+
+static const char *attend(const void *const a, void *const stream) { return wkv_cuda_compact_attention(a, stream); }
+static const char *evict(const void *const e, void *const stream) { return wkv_cuda_score_evict(e, stream); }
+static const char *pack(const void *const p, void *const stream) { return wkv_cuda_pack(p, stream); }
+static const char *attend_cross(const void *const a, void *const stream) {
+  return wkv_cuda_cross_attention(a, stream);
+}
+
+bool device_attend(struct call *const call, const struct wkv_attention *const a) { return launch(call, attend, a); }
+bool device_evict(struct call *const call, const struct wkv_eviction *const e) { return launch(call, evict, e); }
+bool device_pack(struct call *const call, const struct wkv_packing *const p) { return launch(call, pack, p); }
+
+bool device_attend_cross(struct call *const call, struct wkv_cross_attention *const a) {
+  if (a->rows == 0) return true;
+  wkv_cuda_cross_plan(a);
+  if (a->splits > 1 || a->weights) {
+    const int64_t channels = (a->head_dim + WKV_CHANNELS - 1) / WKV_CHANNELS * WKV_CHANNELS;
+    const int64_t lines = a->splits * a->rows * a->tokens * a->heads;
+    a->sums = borrow(call, lines * channels);
+    a->totals = borrow(call, lines * 2);
+    if (!a->sums || !a->totals) return fail(call, "no memory for the sums of %lld ranges", (long long)a->splits);
+  }
+  return launch(call, attend_cross, a);
+}

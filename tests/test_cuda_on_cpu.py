@@ -1,0 +1,62 @@
+"""The kernels for CUDA on machines that have none: the same sources, their threads as fibers on the CPU."""
+
+import os
+import shutil
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[1]
+TESTS = ROOT / "tests"
+
+
+@pytest.fixture(scope="module")
+def on_cpu(tmp_path_factory):
+    """A folder with a whisperkv whose ops on the CPU are the kernels for CUDA."""
+    if not shutil.which("g++"):
+        pytest.skip("g++ is not installed")
+    place = tmp_path_factory.mktemp("on_cpu")
+    built = subprocess.run(
+        [sys.executable, "setup.py", "-q", "build_ext", "--build-temp", place / "objects", "--build-lib", place],
+        cwd=ROOT,
+        env={**os.environ, "WHISPERKV_CUDA": "on_cpu"},
+        capture_output=True,
+        text=True,
+    )
+    assert built.returncode == 0, built.stderr[-4000:]
+    assert "warning" not in built.stderr, built.stderr[-4000:]
+    for source in (ROOT / "whisperkv").glob("*.py"):
+        shutil.copy(source, place / "whisperkv")
+    return place
+
+
+def run(command, folder, **env):
+    environment = {**os.environ, "PYTHONPATH": str(folder), **env}
+    return subprocess.run([sys.executable, *command], cwd=folder, env=environment, capture_output=True, text=True)
+
+
+# In both orders of threads: what one leaves for another without waiting is found in one of them.
+@pytest.mark.parametrize("order", [{}, {"SHIM_REVERSE": "1"}], ids=["forwards", "backwards"])
+@pytest.mark.parametrize("file", ["test_ops.py", "test_cross_ops.py"])
+def test_values(on_cpu, file, order):
+    ran = run(["-m", "pytest", "-q", "-p", "no:cacheprovider", f"{TESTS / file}::TestValues"], on_cpu, **order)
+    assert ran.returncode == 0, ran.stdout[-4000:] + ran.stderr[-1000:]
+    assert " passed" in ran.stdout
+
+
+def test_it_is_the_kernels_for_cuda(on_cpu):
+    assert run(["-c", "from whisperkv import ops; print(ops.ISA)"], on_cpu).stdout.split() == ["cuda_on_cpu"]
+
+
+@pytest.mark.skipif(not find_spec("whisperkv._cuda"), reason="built without nvcc")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_the_module_for_cuda_where_there_is_no_driver():
+    """It can be imported, and says what is missing only when it is asked for more."""
+    code = "from whisperkv import _cuda, ops; print(ops.CUDA, ops.CUDA_REASON); _cuda.register(*ops._LIBRARIES)"
+    ran = run(["-c", code], ROOT)
+    assert ran.stdout.strip() == "False torch finds no GPU"
+    assert "ImportError: this torch has no CUDA" in ran.stderr.splitlines()[-1]
