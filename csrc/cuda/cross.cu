@@ -154,7 +154,7 @@ __device__ int find_queries(const struct block &b, const struct wkv_cross_attent
     }
   }
   const int64_t left = before * a.tokens - skipped;
-  return (int)(left < QUERIES ? left : QUERIES);
+  return (int)smaller(left, QUERIES);
 }
 
 template <class P>

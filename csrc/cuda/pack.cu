@@ -13,7 +13,8 @@ template <class T, int BITS> __global__ void __launch_bounds__(THREADS) pack(con
   const int64_t padded = round_up(p.head_dim, WKV_CHANNELS), groups = count_of(p.frames, p.group);
   const int64_t tiles = count_of(p.frames, WKV_TILE), strips = padded / WKV_CHANNELS;
   const int64_t strip = blockIdx.x % strips, group = blockIdx.x / strips % groups;
-  const int64_t matrix = blockIdx.x / strips / groups, audio = matrix / p.heads, head = matrix % p.heads, first = group * p.group;
+  const int64_t matrix = blockIdx.x / strips / groups, audio = matrix / p.heads, head = matrix % p.heads;
+  const int64_t first = group * p.group;
   const int lane = threadIdx.x % WKV_CHANNELS, sharer = threadIdx.x / WKV_CHANNELS, levels = (1 << BITS) - 1;
   const int64_t channel = strip * WKV_CHANNELS + lane, length = smaller(p.lengths[audio], p.frames);
   const int frames = (int)larger(smaller(length - first, p.group), 0);
