@@ -5,10 +5,10 @@ CONSTRAINTS ?= constraints.txt
 AUDIO ?=
 TESTS ?= tests
 
-SOURCES := $(shell find csrc -name '*.[ch]') setup.py pyproject.toml $(CONSTRAINTS)
+SOURCES := $(shell find csrc -name '*.[ch]' -o -name '*.cu') setup.py pyproject.toml $(CONSTRAINTS)
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-floor sanitize bench clean
+.PHONY: demo test test-floor sanitize sanitize-cuda bench clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python -m whisperkv.demo $(AUDIO)
@@ -21,10 +21,15 @@ test: $(VENV)/.test
 # Only what touches transformers.
 FLOOR = patch cache cross_cache generate ctranslate2 config trim
 test-floor:
-	$(MAKE) test VENV=.venv-floor CONSTRAINTS=constraints-floor.txt TESTS="$(FLOOR:%=tests/test_%.py)"
+	WHISPERKV_CUDA=off $(MAKE) test VENV=.venv-floor CONSTRAINTS=constraints-floor.txt TESTS="$(FLOOR:%=tests/test_%.py)"
 
 sanitize: $(VENV)/.test
 	PYTHON=$(BIN)/python sh tests/sanitize.sh
+
+# The kernels for CUDA, on the CPU, in both orders of threads.
+sanitize-cuda: $(VENV)/.test
+	PYTHON=$(BIN)/python sh tests/sanitize.sh cuda
+	SHIM_REVERSE=1 PYTHON=$(BIN)/python sh tests/sanitize.sh cuda
 
 bench: $(VENV)/.bench
 	$(BIN)/python benchmarks/run.py

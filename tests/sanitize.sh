@@ -1,17 +1,22 @@
 #!/bin/sh
+# sanitize.sh [cuda [pytest's arguments]]
 # The op and kernel tests under AddressSanitizer and UndefinedBehaviorSanitizer, with extensions of their own in
-# build/sanitize. Leaks are left to test_no_leak: CPython's own would drown ours. torch.compile is left out, it builds
+# build/; "cuda": of the kernels for CUDA, on the CPU, the values alone. Leaks are left to test_no_leak: CPython's own would drown ours. torch.compile is left out, it builds
 # and loads libraries that no sanitizer has seen.
 set -eu
 cd "$(dirname "$0")/.."
 root=$PWD
 python=$(command -v "${PYTHON:-python3}")
 python=$(cd "$(dirname "$python")" && pwd)/$(basename "$python")
-place=$root/build/sanitize
+cuda=off place=$root/build/sanitize only=test_
+if [ "${1:-}" = cuda ]; then
+  cuda=on_cpu place=$root/build/sanitize-cuda only=TestValues
+  shift
+fi
 
 flags="-O1 -g -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-wrapv"
 "$python" -m pip install -q --disable-pip-version-check "setuptools>=77"
-WHISPERKV_CFLAGS="$flags" WHISPERKV_LDFLAGS="$flags" \
+WHISPERKV_CUDA=$cuda WHISPERKV_CFLAGS="$flags" WHISPERKV_LDFLAGS="$flags" \
   "$python" setup.py -q build_ext --build-temp "$place/objects" --build-lib "$place"
 cp -r whisperkv/*.py whisperkv/data "$place/whisperkv"
 
@@ -21,5 +26,5 @@ cd "$place" # so that Python finds whisperkv here
 # libstdc++ is named for ASan to find torch's exceptions; -s shows what a sanitizer says before it aborts.
 LD_PRELOAD="$(gcc -print-file-name=libasan.so) $(gcc -print-file-name=libstdc++.so)" \
   ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
-  "$python" -m pytest -q -s -p no:cacheprovider -k "not compile and not no_leak and not prototypes and not build_time" \
+  "$python" -m pytest -q -s -p no:cacheprovider -k "$only and not compile and not no_leak and not prototypes and not build_time" \
   "$@" $tests

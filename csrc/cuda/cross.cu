@@ -30,7 +30,7 @@ template <class T_, int BITS_, int FRAMES_, int TILES_, int WARPS_, int BLOCKS_>
 };
 
 template <class T, int BITS> using narrow = plan<T, BITS, 64, 2, 4, 5>;
-template <class T, int BITS> using wide = plan<T, BITS, 16, 10, 16, 1>; /* a latent one: all channels of the model */
+template <class T, int BITS> using wide = plan<T, BITS, 16, 20, 8, 2>; /* a latent one: all channels of the model */
 
 /* Everything in shared memory. */
 template <class P> struct room {

@@ -10,7 +10,8 @@ enum {
   NUMBERS = 8,                 /* of a key or value that a thread takes at once */
   LANES = 8,                   /* threads that share a key, or a strip of the values */
   STRIP = LANES * NUMBERS,     /* channels: a head of Whisper's has 64 */
-  SHARERS = THREADS / LANES,   /* slots that are worked on at once */
+  SHARERS = THREADS / LANES,   /* of the slots */
+  TOGETHER = 4,                /* slots of one sharer whose keys are on their way at once */
 };
 
 /* n <= NUMBERS numbers, zeros after them. */
@@ -74,18 +75,22 @@ template <class T> __global__ void __launch_bounds__(THREADS) attend(const struc
     __syncthreads();
 
     float top = -FLT_MAX; /* finite, so that logits of -inf weigh 0 and are not subtracted from each other */
-    for (int64_t first = 0; first < live; first += SHARERS) {
-      const int64_t s = first + sharer;
-      float logit = 0;
-      for (int64_t d = lane * NUMBERS; d < dim && s < live; d += STRIP) {
-        float key[NUMBERS];
-        load(keys + s * dim + d, dim - d, aligned, key);
-        for (int i = 0; i < NUMBERS && d + i < dim; i++) logit = fmaf(query[d + i], key[i], logit);
+    for (int64_t first = 0; first < live; first += SHARERS * TOGETHER) {
+      float sums_of[TOGETHER] = {0};
+      for (int64_t d = lane * NUMBERS; d < dim; d += STRIP)
+#pragma unroll
+        for (int t = 0; t < TOGETHER; t++) {
+          const int64_t s = first + t * SHARERS + sharer;
+          float key[NUMBERS];
+          load(keys + s * dim + d, s < live ? dim - d : 0, aligned, key);
+          for (int i = 0; i < NUMBERS && d + i < dim; i++) sums_of[t] = fmaf(query[d + i], key[i], sums_of[t]);
+        }
+      for (int t = 0; t < TOGETHER; t++) {
+        const int64_t s = first + t * SHARERS + sharer;
+        const float logit = sum_of_warp(sums_of[t], LANES);
+        if (s < live && lane == 0) logits[s] = logit;
+        if (s < live) top = fmaxf(top, logit);
       }
-      logit = sum_of_warp(logit, LANES);
-      if (s >= live) continue;
-      if (lane == 0) logits[s] = logit;
-      top = fmaxf(top, logit);
     }
     top = reduce(top, true);
     float total = 0;
@@ -95,6 +100,7 @@ template <class T> __global__ void __launch_bounds__(THREADS) attend(const struc
     for (int64_t start = 0; start < dim; start += STRIP) {
       const int64_t d = start + lane * NUMBERS;
       float sum[NUMBERS] = {0};
+#pragma unroll 4
       for (int64_t s = sharer; s < live && d < dim; s += SHARERS) {
         float value[NUMBERS];
         load(values + s * dim + d, dim - d, aligned, value);
