@@ -8,7 +8,7 @@ TESTS ?= tests
 SOURCES := $(shell find csrc -name '*.[ch]' -o -name '*.cu') setup.py pyproject.toml $(CONSTRAINTS)
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-floor sanitize sanitize-cuda bench clean
+.PHONY: demo test test-floor sanitize sanitize-cuda gpu gpu-sanitize bench clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python -m whisperkv.demo $(AUDIO)
@@ -30,6 +30,20 @@ sanitize: $(VENV)/.test
 sanitize-cuda: $(VENV)/.test
 	PYTHON=$(BIN)/python sh tests/sanitize.sh cuda
 	SHIM_REVERSE=1 PYTHON=$(BIN)/python sh tests/sanitize.sh cuda
+
+# On a machine with a GPU and nvcc: the tests of the ops and of generate() on CUDA, then the benchmarks.
+# WEIGHTS="tiny.en=FOLDER" for the real weights of a faster-whisper folder.
+GPU_TESTS = tests/test_ops.py tests/test_cross_ops.py tests/test_graphs.py tests/test_generate.py
+gpu: $(VENV)/.test $(VENV)/.bench
+	WHISPERKV_TEST_DEVICE=cuda $(BIN)/python -m pytest -q $(GPU_TESTS)
+	$(BIN)/python benchmarks/gpu.py $(if $(WEIGHTS),--weights $(WEIGHTS))
+
+# compute-sanitizer on the kernels. Torch's pool would hide what is read past a tensor.
+CHECK = WHISPERKV_TEST_DEVICE=cuda PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --error-exitcode 1
+gpu-sanitize: $(VENV)/.test
+	$(CHECK) --tool memcheck $(BIN)/python -m pytest -q -x -k "TestValues or TestOfCuda" tests/test_*ops.py
+	$(CHECK) --tool racecheck $(BIN)/python -m pytest -q -x -k "TestValues and (shapes or latent or several)" \
+		tests/test_*ops.py
 
 bench: $(VENV)/.bench
 	$(BIN)/python benchmarks/run.py

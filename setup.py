@@ -23,14 +23,6 @@ CFLAGS_OF_USER = os.environ.get("WHISPERKV_CFLAGS", "").split()
 CFLAGS += CFLAGS_OF_USER
 LDFLAGS = os.environ.get("WHISPERKV_LDFLAGS", "").split()
 
-ISAS = {"portable": []}  # the flags of each instruction set that the kernels are compiled for
-if platform.machine() in ("x86_64", "AMD64"):
-    ISAS["avx2"] = "-mavx2 -mfma -mf16c".split()
-    ISAS["avx512"] = "-mavx512f -mavx512bw -mavx512vl -mavx512dq".split() + ISAS["avx2"]
-    ISAS["avx512_vnni"] = ["-mavx512vnni", *ISAS["avx512"]]
-    ISAS["avx512_bf16"] = ["-mavx512bf16", *ISAS["avx512_vnni"]]
-    ISAS["amx"] = ["-DWKV_AMX", "-mamx-tile", "-mamx-int8", *ISAS["avx512_bf16"]]
-
 KERNELS = [f"csrc/cpu/{name}.c" for name in ("self", "cross", "pack")]
 CUDA_KERNELS = [f"csrc/cuda/{name}.cu" for name in ("self", "cross", "pack")]
 HEADERS = glob("csrc/**/*.h", recursive=True)
@@ -41,6 +33,15 @@ ON_CPU = ["csrc/cpu/dispatch.c", "csrc/cpu/plan.c"]
 CUDA = os.environ.get("WHISPERKV_CUDA", "auto")
 if CUDA not in ("auto", "on", "off", "on_cpu"):
     sys.exit(f"WHISPERKV_CUDA={CUDA}: must be auto, on, off or on_cpu")
+
+
+ISAS = {"portable": []}  # the flags of each instruction set that the kernels are compiled for
+if platform.machine() in ("x86_64", "AMD64") and CUDA != "on_cpu":
+    ISAS["avx2"] = "-mavx2 -mfma -mf16c".split()
+    ISAS["avx512"] = "-mavx512f -mavx512bw -mavx512vl -mavx512dq".split() + ISAS["avx2"]
+    ISAS["avx512_vnni"] = ["-mavx512vnni", *ISAS["avx512"]]
+    ISAS["avx512_bf16"] = ["-mavx512bf16", *ISAS["avx512_vnni"]]
+    ISAS["amx"] = ["-DWKV_AMX", "-mamx-tile", "-mamx-int8", *ISAS["avx512_bf16"]]
 
 
 def cuda_home():

@@ -4,9 +4,7 @@ from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 
-import jiwer
 import numpy
-import soundfile
 from transformers.models.whisper.english_normalizer import EnglishTextNormalizer
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
@@ -32,6 +30,8 @@ class Speech:
 
 def utterances(data=DATA):
     """All of them, in the order in which they were read."""
+    import soundfile  # here, so that what needs no recordings needs no such package either
+
     folder = Path(data) / "librispeech"
     table = folder / "transcripts.tsv"
     if not table.is_file():
@@ -71,4 +71,6 @@ def sum_of(speeches):
 
 def word_error_rate(speeches, texts):
     """In percent, over all words, both sides through the normalizer of transformers."""
+    import jiwer
+
     return 100 * jiwer.wer([normalized(speech.text) for speech in speeches], [normalized(text) for text in texts])

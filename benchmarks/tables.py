@@ -58,6 +58,20 @@ def machine(threads):
         "transformers": transformers.__version__,
         "python": platform.python_version(),
         "whisperkv": whisperkv.__version__,
+        **gpu(),
+    }
+
+
+def gpu():
+    """Nothing, where there is none."""
+    if not torch.cuda.is_available():
+        return {}
+    about = torch.cuda.get_device_properties(0)
+    return {
+        "gpu": about.name,
+        "gpu_memory": about.total_memory,
+        "capability": f"{about.major}.{about.minor}",
+        "cuda": torch.version.cuda,
     }
 
 

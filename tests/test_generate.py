@@ -6,6 +6,7 @@ import threading
 import numpy as np
 import pytest
 import torch
+from conftest import DEVICE
 from transformers import pipeline
 from transformers.modeling_outputs import BaseModelOutput
 
@@ -15,11 +16,30 @@ from whisperkv.attention import self_cache_layer
 EVICTION = EvictionConfig(recent=32, heavy=16)
 
 
+def on_device(pair):
+    """(model, processor) where these tests run, and back to where the others find it."""
+    yield pair[0].to(DEVICE), pair[1]
+    pair[0].to("cpu")
+
+
+@pytest.fixture(scope="module")
+def tiny_en(tiny_en):
+    yield from on_device(tiny_en)
+
+
+@pytest.fixture(scope="module")
+def base(base):
+    yield from on_device(base)
+
+
+def features_of(processor, samples):
+    return processor(samples, sampling_rate=16000, return_tensors="pt").input_features.to(DEVICE)
+
+
 @pytest.fixture(scope="module")
 def clip(tiny_en, speech):
     """Features of the clip's first 30 s."""
-    samples, _ = speech
-    return tiny_en[1](samples, sampling_rate=16000, return_tensors="pt").input_features
+    return features_of(tiny_en[1], speech[0])
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +47,7 @@ def batch(tiny_en, speech):
     """Three pieces of different length: rows that finish at different times."""
     samples, _ = speech
     pieces = [samples[: 16000 * 6], samples, samples[16000 * 9 : 16000 * 20]]
-    return tiny_en[1](pieces, sampling_rate=16000, return_tensors="pt").input_features
+    return features_of(tiny_en[1], pieces)
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +71,7 @@ def long_audio(tiny_en, speech):
         truncation=False,
         padding="longest",
         return_attention_mask=True,
-    )
+    ).to(DEVICE)
 
 
 def plain(output):
@@ -156,7 +176,7 @@ def test_policies(tiny_en, encoded, policy):
 
 def test_prompt(tiny_en, clip):
     model, processor = tiny_en
-    prompt = processor.get_prompt_ids("A talk about lighthouses and harbours.", return_tensors="pt")
+    prompt = processor.get_prompt_ids("A talk about lighthouses and harbours.", return_tensors="pt").to(DEVICE)
     assert_same(model, clip, prompt_ids=prompt)
     patch(model, EVICTION)
     model.generate(clip, prompt_ids=prompt)
@@ -249,7 +269,7 @@ def test_pipeline(tiny_en, speech, options):
     model, processor = tiny_en
     pipe = pipeline(
         "automatic-speech-recognition", model=model, tokenizer=processor.tokenizer,
-        feature_extractor=processor.feature_extractor, device="cpu",
+        feature_extractor=processor.feature_extractor, device=DEVICE,
     )  # fmt: skip
     samples = {"raw": speech[0], "sampling_rate": 16000}
     unpatched = pipe(dict(samples), **options)
@@ -297,7 +317,7 @@ def test_attentions_of_an_evicting_cache_are_of_full_width(tiny_en, clip):
 
 def test_language_and_task(base, speech):
     model, processor = base
-    features = processor(speech[0], sampling_rate=16000, return_tensors="pt").input_features
+    features = features_of(processor, speech[0])
     assert_same(model, features)  # the language is detected
     tokens = assert_same(model, features, language="en", task="transcribe")
     assert "language" not in processor.batch_decode(tokens, skip_special_tokens=True)[0]
@@ -369,12 +389,12 @@ def test_the_decoder_alone(tiny_en, clip):
     from transformers import WhisperForCausalLM
 
     full = tiny_en[0]
-    causal = WhisperForCausalLM(copy.deepcopy(full.config)).eval()
+    causal = WhisperForCausalLM(copy.deepcopy(full.config)).eval().to(DEVICE)
     causal.model.decoder.load_state_dict(full.model.decoder.state_dict())
     causal.proj_out.weight = causal.model.decoder.embed_tokens.weight
     with torch.no_grad():
         states = full.model.encoder(clip)
-    prompt = torch.tensor([[50257, 50362, 464]])
+    prompt = torch.tensor([[50257, 50362, 464]], device=DEVICE)
     for options in (dict(encoder_outputs=states), {}):
         outputs = []
         for prepare in (unpatch, patch):
@@ -449,11 +469,11 @@ def test_same_bits_from_run_to_run(tiny_en, encoded, eviction):
 
 
 def test_jfk(tiny_en, recordings):
-    import soundfile
-
+    soundfile = pytest.importorskip("soundfile")
     model, processor = tiny_en
     samples, rate = soundfile.read(recordings / "jfk.wav", dtype="float32")
-    features = processor(samples, sampling_rate=rate, return_tensors="pt").input_features
+    assert rate == 16000
+    features = features_of(processor, samples)
     patch(model, EvictionConfig())
     text = processor.batch_decode(model.generate(features), skip_special_tokens=True)[0]
     unpatch(model)

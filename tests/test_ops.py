@@ -10,15 +10,20 @@ from pathlib import Path
 import pytest
 import reference
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from conftest import DEVICE
 from reference import LIVE, PINNED, SEEN, SLOT
 from torch._subclasses import FakeTensorMode
+from torch.utils._pytree import tree_map_only
 
 from whisperkv import ops
 
+pytest.importorskip("hypothesis")
+from hypothesis import given, settings  # noqa: E402
+from hypothesis import strategies as st  # noqa: E402
+
+ON_CUDA = DEVICE == "cuda" or ops.ISA == "cuda_on_cpu"  # on fibers, see test_cuda_on_cpu.py
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-2}
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3 if ON_CUDA else 2e-2}
 POLICIES = [name for name, *_ in ops.POLICIES]
 ATTENTION = ("query", "key", "value", "keys", "values", "cursor", "scale", "want_weights")
 EVICTION = ("weights", "keys", "cursor", "positions", "scores", "policy", "budget", "recent", "decay")
@@ -57,12 +62,48 @@ def copy(given, **changes):
     return {name: v.clone() if isinstance(v, torch.Tensor) else v for name, v in (given | changes).items()}
 
 
+def memory_of(tensor):
+    """All that stands behind a view, as one row of numbers."""
+    return tensor.new_empty(0).set_(tensor.untyped_storage())
+
+
+def on_device(arguments):
+    """Tensors of the CPU on the device under test, with the strides that they have and the memory that they share."""
+    memories = {}
+
+    def moved(tensor):
+        if tensor.device.type != "cpu" or tensor.layout != torch.strided or type(tensor) is not torch.Tensor:
+            return tensor
+        if tensor.requires_grad:
+            return tensor.to(DEVICE)
+        memory = memory_of(tensor)
+        there = memories.setdefault((memory.data_ptr(), memory.dtype), memory.to(DEVICE))
+        return there.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
+
+    return arguments if DEVICE == "cpu" else tree_map_only(torch.Tensor, moved, arguments)
+
+
+def run(op, arguments):
+    """One of our ops on the device under test, or its twin here. What it wrote in place, and all results come back."""
+    if DEVICE == "cpu" or not isinstance(op, torch._ops.OpOverload):
+        return op(*arguments)
+    there = on_device(arguments)
+    try:
+        results = op(*there)
+    finally:
+        for here, moved in zip(arguments, there):
+            if moved is not here:
+                memory_of(here).copy_(memory_of(moved))
+    is_moved = any(moved is not here for here, moved in zip(arguments, there))
+    return tree_map_only(torch.Tensor, torch.Tensor.cpu, results) if is_moved else results
+
+
 def attend(given, op=ops.compact_attention):
-    return op(*(given[name] for name in ATTENTION))
+    return run(op, [given[name] for name in ATTENTION])
 
 
 def evict(given, op=ops.score_evict):
-    return op(*(given[name] for name in EVICTION))
+    return run(op, [given[name] for name in EVICTION])
 
 
 def assert_same_bits(one, other):
@@ -94,7 +135,7 @@ def check(given):
 
 
 class TestValues:
-    """The numbers. Run again for every instruction set by test_every_instruction_set."""
+    """The numbers. Run again for every instruction set by test_every_instruction_set, and on fibers."""
 
     @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
     @pytest.mark.parametrize("dim", [64, 1, 7, 80, 33])
@@ -169,6 +210,7 @@ class TestValues:
 
     @pytest.mark.parametrize("tokens", [1, 4])
     def test_thread_count_does_not_matter(self, tokens):
+        """And the bits are the same from run to run."""
         given = problem(rows=7, tokens=tokens, heads=8, slots=448, seed=3)
         results = []
         before = torch.get_num_threads()
@@ -186,6 +228,13 @@ class TestValues:
                 assert_same_bits(results[0][name], other[name])
 
 
+of_the_cpu = pytest.mark.skipif(ON_CUDA, reason="about the CPU's instruction sets")
+unchecked = pytest.mark.skipif(ON_CUDA, reason="CUDA ignores bad rows: checking them would mean waiting for the device")
+of_cuda = pytest.mark.skipif(not ON_CUDA, reason="about the kernels for CUDA")
+gpu = pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU and WHISPERKV_TEST_DEVICE=cuda")
+
+
+@of_the_cpu
 @pytest.mark.parametrize("isa", ["portable", "avx2", "avx512", "avx512_vnni", "avx512_bf16", "amx"])
 def test_every_instruction_set(isa):
     env = os.environ | {"WHISPERKV_ISA": isa, "OMP_NUM_THREADS": "1"}
@@ -306,6 +355,8 @@ BAD_EVICTION = [
 )
 def test_bad_input(run, op, argument, change, text):
     """Named, refused, nothing written, and the next call works."""
+    if ON_CUDA and "of row" in text:
+        pytest.skip(unchecked.kwargs["reason"])
     given = problem(seed=1)
     bad = copy(given)
     bad[argument] = change(bad[argument])
@@ -319,6 +370,7 @@ def test_bad_input(run, op, argument, change, text):
     check(given)
 
 
+@unchecked
 @pytest.mark.parametrize("tokens, live", [(3, 22), (25, 0)])
 def test_tokens_that_do_not_fit(tokens, live):
     given = problem(rows=1, tokens=tokens, slots=max(24, tokens))
@@ -328,6 +380,7 @@ def test_tokens_that_do_not_fit(tokens, live):
         attend(given)
 
 
+@unchecked
 def test_several_tokens_may_not_overwrite():
     given = problem(rows=1, tokens=2)
     given["cursor"][:, 0] = torch.tensor([9, 3, 9, 0])
@@ -372,7 +425,7 @@ def test_eviction_refuses_gradients(name):
 
 @pytest.mark.parametrize("transform", ["grad", "vmap", "jvp"])
 def test_refuses_functional_transforms(transform):
-    given = problem()
+    given = on_device(problem())
 
     def total(query):
         return attend(given | dict(query=query))[0].sum()
@@ -417,8 +470,10 @@ def test_many_threads_at_once():
             assert_same_bits(one[name], other[name])
 
 
-def resident_kib():
-    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") // 1024
+def held_kib():
+    """Of this process, and on its GPU."""
+    resident = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") // 1024
+    return resident + (0 if DEVICE == "cpu" else torch.cuda.memory_allocated() // 1024)
 
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs /proc")
@@ -427,8 +482,8 @@ def test_no_leak():
     """A handle lost in each call would show as 1.6 MB or more."""
     good = problem(rows=1, heads=1, slots=4, dim=8)
     good["cursor"][:, 0] = torch.tensor([4, 1, 9, 0])
-    good |= dict(budget=4)
-    bad_late = good | dict(cursor=torch.full_like(good["cursor"], 99))
+    good = on_device(good | dict(budget=4))
+    bad_late = good | (dict(scale=torch.nan, decay=torch.nan) if ON_CUDA else dict(cursor=good["cursor"] + 99))
 
     def refused(run, given):
         try:
@@ -447,11 +502,11 @@ def test_no_leak():
         for _ in range(5_000):
             case()
         gc.collect()
-        before = resident_kib()
+        before = held_kib()
         for _ in range(calls):
             case()
         gc.collect()
-        assert resident_kib() - before < 512
+        assert held_kib() - before < 512
 
 
 OPCHECKS = [
@@ -473,16 +528,30 @@ def checkable(**changes):
 
 @pytest.mark.parametrize("op, names, changes", OPCHECKS)
 def test_opcheck_compile(op, names, changes):
-    given = checkable(**changes)
+    given = on_device(checkable(**changes))
     torch.library.opcheck(op, [given[name] for name in names])
 
 
 def step(given, attention=ops.compact_attention, eviction=ops.score_evict):
     """A decoder layer's share of a step, with something before, between and after for a compiler to move."""
     given = dict(given, query=given["query"] * 2)
-    output, weights = attend(given, attention)
-    evict(dict(given, weights=weights), eviction)
+    output, weights = attention(*(given[name] for name in ATTENTION))
+    given["weights"] = weights
+    eviction(*(given[name] for name in EVICTION))
     return output + 1, weights.sum(-1)
+
+
+def check_step(stepped, seed, rows):
+    """Three tokens through a compiled step, and through its twin."""
+    ours, theirs = on_device(problem(rows=rows, seed=seed)), problem(rows=rows, seed=seed)
+    for _ in range(3):
+        for name in ("query", "key", "value"):
+            theirs[name] = torch.randn_like(theirs[name])
+            ours[name] = theirs[name].to(DEVICE)
+        results = stepped(ours)
+        wanted = step(theirs, reference.compact_attention, reference.score_evict)
+        torch.testing.assert_close(results, wanted, rtol=1e-5, atol=1e-5, check_device=False)
+        assert_same_cache(tree_map_only(torch.Tensor, torch.Tensor.cpu, ours), theirs)
 
 
 @pytest.mark.parametrize("dynamic", [False, True, None], ids=["static", "dynamic", "automatic"])
@@ -491,19 +560,12 @@ def test_compile(dynamic):
     torch._dynamo.reset()
     compiled = torch.compile(step, fullgraph=True, dynamic=dynamic)
     for rows in (2, 3):
-        ours, theirs = problem(rows=rows), problem(rows=rows)
-        for _ in range(3):
-            for name in ("query", "key", "value"):
-                ours[name] = theirs[name] = torch.randn_like(ours[name])
-            results = compiled(ours)
-            wanted = step(theirs, reference.compact_attention, reference.score_evict)
-            torch.testing.assert_close(results, wanted, rtol=1e-5, atol=1e-5)
-            assert_same_cache(ours, theirs)
+        check_step(compiled, 0, rows)
 
 
 def test_compile_refuses_gradients():
     torch._dynamo.reset()
-    given = problem()
+    given = on_device(problem())
     given["query"].requires_grad_()
     with pytest.raises(RuntimeError, match=r"query requires grad.*torch\.no_grad\(\)"):
         torch.compile(step, fullgraph=True)(given)
@@ -535,15 +597,121 @@ def test_export_compile():
             return step(given)
 
     torch._dynamo.reset()
-    ours, theirs = problem(seed=5), problem(seed=5)
-    exported = torch.export.export(Step(), (copy(ours),))
+    exported = torch.export.export(Step(), (on_device(problem(seed=5)),))
     targets = [str(node.target) for node in exported.graph.nodes]
     assert "whisperkv.compact_attention.default" in targets and "whisperkv.score_evict.default" in targets
-    results = exported.module()(ours)
-    wanted = step(theirs, reference.compact_attention, reference.score_evict)
-    torch.testing.assert_close(results, wanted, rtol=1e-5, atol=1e-5)
-    assert_same_cache(ours, theirs)
+    check_step(exported.module(), 5, 2)
 
 
 def test_cursor_rows_have_the_numbers_of_the_reference():
     assert (LIVE, SLOT, SEEN, PINNED) == (0, 1, 2, 3)
+
+
+# With the kernels for CUDA
+
+
+def in_turn(given, calls=20):
+    """The results of so many calls, each from the same start."""
+    for _ in range(calls):
+        mine = copy(given)
+        mine["output"], mine["weights"] = attend(mine)
+        evict(mine)
+        yield mine
+
+
+RESULTS = ("output", "weights", "keys", "values", "cursor", "positions", "scores")
+
+
+@of_cuda
+class TestOfCuda:
+    """What the kernels for CUDA do otherwise. Run on fibers too."""
+
+    def test_bad_rows_are_ignored(self):
+        """They write nothing, and the others are what they were."""
+        given = problem(rows=4)
+        broken = copy(given)
+        broken["cursor"][LIVE, 0], broken["cursor"][SLOT, 2] = 99, -1
+        (sound,), (spoilt,) = in_turn(given, calls=1), in_turn(broken, calls=1)
+        for name in RESULTS:
+            rows = 1 if name == "cursor" else 0
+            assert_same_bits(*(each[name].movedim(rows, 0)[1::2] for each in (sound, spoilt)))
+            if name in broken and name != "weights":
+                assert_same_bits(*(each[name].movedim(rows, 0)[0::2] for each in (broken, spoilt)))
+        assert not spoilt["output"][0::2].any()
+
+    def test_what_does_not_fit_is_named(self):
+        """Heads too wide for shared memory: refused by name, and the next call works."""
+        with pytest.raises(RuntimeError, match="whisperkv::compact_attention: "):
+            attend(problem(rows=1, heads=1, slots=2, dim=100_000))
+        check(problem())
+
+
+@gpu
+@pytest.mark.parametrize("tokens", [1, 4])
+def test_same_bits_from_run_to_run_on_cuda(tokens):
+    first, *others = in_turn(on_device(problem(rows=7, tokens=tokens, heads=8, slots=448)))
+    for other in others:
+        for name in RESULTS:
+            assert_same_bits(first[name], other[name])
+
+
+@gpu
+def test_a_stream_of_its_own():
+    """The ops run in the current stream, after what is there."""
+    given = on_device(problem(rows=3))
+    (wanted,) = in_turn(given | dict(query=given["query"] * 3), calls=1)
+    torch.cuda.synchronize()
+    with torch.cuda.stream(torch.cuda.Stream()):
+        query = given["query"].clone()
+        torch.cuda._sleep(100_000_000)
+        query *= 3
+        (got,) = in_turn(given | dict(query=query), calls=1)
+    torch.cuda.synchronize()
+    for name in RESULTS:
+        assert_same_bits(got[name], wanted[name])
+
+
+@gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_the_second_gpu():
+    given = on_device(problem(rows=3))
+    (wanted,) = in_turn(given, calls=1)
+    (got,) = in_turn({name: x.to("cuda:1") if isinstance(x, torch.Tensor) else x for name, x in given.items()}, calls=1)
+    for name in RESULTS:
+        assert got[name].device.index == 1
+        assert_same_bits(got[name].to(DEVICE), wanted[name])
+    with pytest.raises(RuntimeError, match="compact_attention"):
+        attend(given | dict(keys=given["keys"].to("cuda:1")))
+
+
+@gpu
+@pytest.mark.parametrize("name", ATTENTION[:6])
+def test_devices_are_not_mixed(name):
+    given, here = on_device(problem()), problem()
+    with pytest.raises((RuntimeError, NotImplementedError), match="compact_attention"):
+        ops.compact_attention(*({**given, name: here[name]}[each] for each in ATTENTION))
+    check(problem())
+
+
+@gpu
+def test_a_graph_reads_the_cursor_when_it_is_replayed():
+    """Token after token through one captured step has the bits of the step itself."""
+    start = problem(rows=3, slots=12) | dict(budget=9, recent=3)
+    start["cursor"][:] = torch.tensor([[0] * 3, [0] * 3, [0, -2, -5], [1, 2, 0]])
+    ours, theirs = on_device(start), on_device(start)
+    step(ours)  # loads the kernels; what it did to the cache is undone below
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = step(ours)
+    for name, tensor in on_device(start).items():
+        if isinstance(tensor, torch.Tensor):
+            ours[name].copy_(tensor)
+    for _ in range(20):
+        for name in ("query", "key", "value"):
+            ours[name].copy_(torch.randn_like(ours[name]))
+            theirs[name].copy_(ours[name])
+        graph.replay()
+        for got, wanted in zip(results, step(theirs)):
+            assert_same_bits(got, wanted)
+        for name in RESULTS[2:]:
+            assert_same_bits(ours[name], theirs[name])

@@ -316,6 +316,15 @@ __device__ void attend_some(const struct block &b, const struct wkv_cross_attent
   store<P>(b, a, queries, r, sums);
 }
 
+/* Rows of no audio get zeros: owners cannot be checked without waiting for them. */
+template <class P> __device__ void clear_strays(const struct block &b, const struct wkv_cross_attention &a) {
+  for (int64_t i = b.thread; i < a.rows * a.tokens; i += b.threads) {
+    const int64_t owner = a.owner[i / a.tokens];
+    for (int d = 0; d < b.dim && (owner < 0 || owner >= a.audios); d++)
+      convert(0, (typename P::T *)a.output + (i * a.heads + b.head) * b.dim + d);
+  }
+}
+
 /* Grid: audios, heads and splits, and for each of these `lots` blocks, which share out its queries. */
 template <class P>
 __global__ void __launch_bounds__(P::WARPS *WARP, P::BLOCKS)
@@ -341,6 +350,7 @@ attend(const struct wkv_cross_attention a, const int lots, const int slices, con
   b.lane = b.thread % WARP;
   b.warp = b.thread / WARP;
   b.warps = b.threads / WARP;
+  if (b.audio == 0 && lot == 0 && !a.sums) clear_strays<P>(b, a);
   const bool apart = a.keys != a.values;
   const room<P> r(memory, b.channels, apart, slices);
   for (int skipped = lot * QUERIES;; skipped += lots * QUERIES) {
@@ -367,7 +377,7 @@ template <class T> __global__ void __launch_bounds__(FINISH_THREADS) finish(cons
   T *const output = (T *)a.output + item * a.head_dim;
   const int64_t head = item % a.heads, token = item / a.heads % a.tokens;
   float *const weights = a.weights ? a.weights + ((row * a.heads + head) * a.tokens + token) * a.frames : NULL;
-  if (audio < 0 || audio >= a.audios) { /* owners cannot be checked without waiting for them */
+  if (audio < 0 || audio >= a.audios) { /* as above */
     for (int64_t d = threadIdx.x; d < a.head_dim; d += FINISH_THREADS) convert(0, output + d);
     for (int64_t f = threadIdx.x; weights && f < a.frames; f += FINISH_THREADS) weights[f] = 0;
     return;
