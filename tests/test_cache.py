@@ -277,6 +277,22 @@ def test_the_python_choice_is_the_c_choice():
         assert held(layers[0]) == held(layers[1])
 
 
+@pytest.mark.parametrize("policy", [None, "heavy_hitter", "magnitude", "window", random_policy])
+@pytest.mark.parametrize("padding", [None, torch.tensor([0, 3])])
+def test_no_step_waits_for_the_device(policy, padding):
+    """Tensors without data: to look into one raises, and so does to mix it with one of the CPU."""
+    config = policy and EvictionConfig(policy, recent=6, heavy=4, pin_prompt=False)
+    query, key, value = (x.to("meta") for x in tokens(2, 100))
+    layer = SelfCacheLayer(config)
+    feed(layer, query, key, value, 20, 21)
+    if padding is not None:
+        layer.padding = padding.to("meta")
+    for start in range(21, 81, 20):
+        feed(layer, *(x[:, start : start + 20] for x in (query, key, value)))
+        layer.reorder_cache(torch.tensor([1, 0], device="meta"))
+    assert layer.keys.shape == (2, HEADS, 81 if config is None else 10, DIM)
+
+
 def test_slots_for():
     assert [slots_for(n, None, 448) for n in (1, 64, 65, 448)] == [64, 64, 128, 448]
     assert slots_for(3, EvictionConfig(recent=64, heavy=32), 448) == 96

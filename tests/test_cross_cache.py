@@ -14,8 +14,9 @@ from transformers.models.whisper.modeling_whisper import WhisperAttention
 
 from whisperkv import CrossConfig, EvictionConfig, patch, stats, unpatch
 from whisperkv.config import FORMATS
-from whisperkv.cross_cache import owners_of
+from whisperkv.cross_cache import Audios, CrossCacheLayer, owners_of
 from whisperkv.listener import EncoderListener
+from whisperkv.records import DecodeRecord
 from whisperkv.trim import kept_frames
 
 EXACT = ["model", "latent"]
@@ -278,6 +279,27 @@ def test_a_cache_can_be_kept_copied_reset_and_continued(small, short_audio, conf
     assert cross_layers(past)[0].get_seq_length() == 0
     run(small, states, ids(), past)
     assert torch.equal(run(small, states, ids(3, 1), past).logits, want)
+
+
+@every_format
+@pytest.mark.parametrize("trimmed", [False, True])
+def test_no_step_waits_for_the_device(small, states, format, trimmed):
+    """Tensors without data: to look into one raises, and so does to mix it with one of the CPU."""
+    attention = small.to("meta").model.decoder.layers[0].encoder_attn
+    kept = torch.zeros(3, 50, dtype=torch.long, device="meta") if trimmed else None
+    record = DecodeRecord(2, 64, 64, 4, rows=6, padding=0, frames=50, eviction=None)
+    lengths = torch.zeros(3, dtype=torch.int32, device="meta")
+    audios = Audios(states.to("meta"), lengths, kept, 70 if trimmed else 50, 2, record)
+    owner = torch.zeros(6, dtype=torch.int32, device="meta")
+    layer = CrossCacheLayer(CrossConfig(format), audios, owner)
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        layer.fill(attention)
+        for want_weights in (False, True):
+            output, weights = layer.attend(torch.zeros(6, 1, 4, 16, device="meta"), attention, want_weights)
+            layer.reorder_cache(torch.zeros(6, dtype=torch.long, device="meta"))
+        assert output.shape == (6, 1, 4, 16) and weights.shape == (6, 4, 1, 70 if trimmed else 50)
+        assert layer.keys[:].shape == layer.values[:].shape == (6, 4, 50, 16)
 
 
 # What comes out

@@ -2,13 +2,15 @@
 
 import copy
 import pickle
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
 from transformers import WhisperForAudioClassification, WhisperForConditionalGeneration
 from transformers.models.whisper.modeling_whisper import WhisperAttention
 
-from whisperkv import EvictionConfig, patch, stats, unpatch
+from whisperkv import EvictionConfig, ops, patch, patching, stats, unpatch
 from whisperkv.attention import SelfAttention, self_cache_layer
 from whisperkv.records import Stats
 
@@ -172,8 +174,6 @@ def test_reference_ops_give_the_same_tokens(small, audio, monkeypatch):
     """The whole decode with eviction, on the slow and obvious ops."""
     import reference
 
-    from whisperkv import ops
-
     cases = [
         (EvictionConfig(policy, recent=6, heavy=5), options)
         for policy in ("heavy_hitter", "magnitude", "window")
@@ -241,6 +241,16 @@ def test_dtype_and_device(small):
     with pytest.raises(ValueError, match="meta"):
         patch(small.float().to("meta"))
     assert type(small.model.decoder.layers[0].self_attn) is WhisperAttention
+
+
+@pytest.mark.parametrize("has_kernels", [False, True])
+def test_cuda(monkeypatch, has_kernels):
+    weight = SimpleNamespace(device=torch.device("cuda:1"), is_cuda=True, dtype=torch.float16)
+    decoder = SimpleNamespace(embed_tokens=SimpleNamespace(weight=weight))
+    monkeypatch.setattr(ops, "CUDA", has_kernels)
+    monkeypatch.setattr(ops, "CUDA_REASON", "no nvcc")
+    with nullcontext() if has_kernels else pytest.raises(ValueError, match=r"cuda:1.*\(no nvcc\).*model.to\('cpu'\)"):
+        patching._check_tensors(decoder)
 
 
 def test_a_model_moved_after_patching(small, audio):

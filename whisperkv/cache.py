@@ -4,16 +4,20 @@ Positions are added to Whisper's embeddings before the cache, so the slots may s
 concatenated or gathered from step to step; only beams, batches that change and rollbacks move tokens about.
 """
 
+from operator import is_
+
 import torch
 from transformers.cache_utils import CacheLayerMixin
 
 from . import ops
 from .compat import tokens_to_remove
+from .homes import apart
 
 LIVE, SLOT, SEEN, PINNED = range(4)  # rows of the cursor, as in whisperkv.h
 _POLICY = {name: number for number, (name, *_) in enumerate(ops.POLICIES)}
 _READS_ATTENTION = {name for name, reads_attention, _ in ops.POLICIES if reads_attention}
 _FAR = torch.iinfo(torch.int32).max
+_BUFFERS = ("key_slots", "value_slots", "cursor", "positions", "scores")
 
 
 def slots_for(tokens, eviction, limit):
@@ -57,6 +61,7 @@ class SelfCacheLayer(CacheLayerMixin):
     padding                 int [rows]: left padding of the first pass; None if no row has some
     seen                    tokens that went in, padding included: the logical length
     live                    slots in use, in the row that has most
+    home, index             where the buffers of all layers are while graphs are replayed, and which of them this one is
     """
 
     is_compileable = False
@@ -65,7 +70,8 @@ class SelfCacheLayer(CacheLayerMixin):
     supports_early_init = False
     max_cache_len = 0  # so generate() in transformers 5.10 never keeps a static cache with our layers for its next call
 
-    def __init__(self, eviction=None, limit=448, padding=None, spare=None, record=None):
+    def __init__(self, eviction=None, limit=448, padding=None, spare=None, record=None, index=0):
+        self.index = index
         self.eviction, self.limit = eviction, limit
         self.budget = limit if eviction is None else min(eviction.budget, limit)
         # The policy's name in C: a function of the user's is given the attention received so far.
@@ -75,6 +81,10 @@ class SelfCacheLayer(CacheLayerMixin):
         self.record = record  # of the whole cache; for stats()
         self.reset()
         self.padding = padding
+
+    def __getstate__(self):
+        """Copies and pickles have buffers of their own."""
+        return {**vars(self), "home": None, **{name: apart(getattr(self, name)) for name in _BUFFERS}}
 
     # What attention calls
 
@@ -97,7 +107,28 @@ class SelfCacheLayer(CacheLayerMixin):
             self._advance(tokens)
         else:
             self._evict(weights, tokens)
+        self.count(tokens)
+        if self.is_ranked and tokens == 1 and self.live == self.budget:
+            self._choose()
         return output, weights
+
+    def make_room(self, tokens):
+        """Make the slots of the next tokens ready. Several are attended in full: a pass over a prompt, or one that
+        checks an assistant's guesses, may leave more than the budget, and the pass after it settles that."""
+        if self.eviction is None:
+            if self.live + tokens > self.slots:
+                self._resize(slots_for(self.live + tokens, None, self.limit))
+            return
+        if self.slots > self.budget:
+            self._settle()
+        if tokens > 1:
+            self._resize(max(self.budget, self.live + tokens))
+            self.cursor[SLOT] = self.cursor[LIVE]
+
+    def count(self, tokens):
+        """Bring Python's own numbers up to the cursor. A graph that is replayed moves the cursor alone."""
+        self.seen += tokens
+        self.live = min(self.live + tokens, self._most(tokens))
 
     def update(self, key_states, value_states, *args, **kwargs):
         """The interface of transformers: keys and values [rows, heads, tokens, head_dim] in, all of them out."""
@@ -113,9 +144,15 @@ class SelfCacheLayer(CacheLayerMixin):
         self.key_slots[:, :, start : start + tokens] = key_states
         self.value_slots[:, :, start : start + tokens] = value_states
         self._advance(tokens)
+        self.count(tokens)
         if start == 0:
             return key_states, value_states
         return self.key_slots[:, :, : self.live], self.value_slots[:, :, : self.live]
+
+    @property
+    def is_ranked(self):
+        """Whether a function of the user's says which slot is overwritten next."""
+        return self.eviction is not None and callable(self.eviction.policy)
 
     @property
     def is_exact(self):
@@ -146,10 +183,9 @@ class SelfCacheLayer(CacheLayerMixin):
         if self.eviction is not None:
             self.positions = torch.zeros(rows, slots, dtype=torch.int32, device=self.device)
             self.scores = torch.zeros(rows, slots, device=self.device)
-            prompt = tokens + self.cursor[SEEN]
-            self.eviction.check_prompt(int(prompt.max()))
+            self.eviction.check_prompt(tokens - (0 if self.padding is None else int(self.padding.min())))
             if self.eviction.pin_prompt:
-                self.cursor[PINNED] = prompt
+                self.cursor[PINNED] = tokens + self.cursor[SEEN]
         self.is_initialized = True
 
     def get_seq_length(self):
@@ -173,6 +209,7 @@ class SelfCacheLayer(CacheLayerMixin):
 
     def reset(self):
         self.key_slots = self.value_slots = self.cursor = self.positions = self.scores = self.padding = None
+        self.home = None
         self.seen = self.live = 0
         self.is_initialized = False
 
@@ -191,13 +228,18 @@ class SelfCacheLayer(CacheLayerMixin):
         stays = self._alive() & (self.positions < self.cursor[SEEN, :, None])
         self.cursor[PINNED] = torch.minimum(self.cursor[PINNED], self.cursor[SEEN])
         self._keep(self.positions.masked_fill(~stays, _FAR).argsort(dim=-1, stable=True), stays.sum(-1))
+        self.live = int(self.cursor[LIVE].max())
         self._choose()
 
     def reorder_cache(self, beam_idx):
         if not self.is_initialized:
             return
         rows = beam_idx.to(self.device)
-        if torch.equal(rows, torch.arange(self.batch_size, device=self.device)):
+        if rows.is_cpu and torch.equal(rows, torch.arange(self.batch_size)):  # elsewhere the host would have to wait
+            return
+        if self.is_home and len(rows) == self.batch_size:
+            self.home.reorder_slots(self.index, beam_idx)
+            self._select_padding(rows)
             return
         self.key_slots = self.spare.reordered(self.key_slots, rows)
         self.value_slots = self.spare.reordered(self.value_slots, rows)
@@ -228,16 +270,44 @@ class SelfCacheLayer(CacheLayerMixin):
     def values(self):
         return self._in_order(self.value_slots)
 
+    # What graphs.py calls
+
+    @property
+    def buffers(self):
+        return self.key_slots, self.value_slots, self.cursor, self.positions, self.scores
+
+    @property
+    def is_home(self):
+        """Whether all buffers are where graphs expect them: what changes their shape leaves with a new buffer."""
+        return self.home is not None and all(map(is_, self.buffers, self.home.of_layer[self.index]))
+
+    def move_to(self, home):
+        """Let the buffers of the home be this layer's."""
+        for name, there in zip(_BUFFERS, home.of_layer[self.index]):
+            if there is not None:
+                there.copy_(getattr(self, name))
+            setattr(self, name, there)
+        self.home = home
+
+    def leave(self):
+        for name in _BUFFERS:
+            setattr(self, name, apart(getattr(self, name)))
+        self.home = None
+
     # How it works
 
     @property
     def slots(self):
         return self.key_slots.shape[2]
 
+    def _most(self, tokens):
+        """Slots that are in use after a pass over so many tokens, at most."""
+        return self.slots if self.eviction is None or tokens > 1 else self.budget
+
     @property
     def _worth(self):
         """[rows, slots]: the lowest is the first to go."""
-        return self._ranking() if callable(self.eviction.policy) else self.scores
+        return self._ranking() if self.is_ranked else self.scores
 
     def _padding(self):
         """int32 [rows]: columns of left padding that came before each row's first token."""
@@ -256,19 +326,10 @@ class SelfCacheLayer(CacheLayerMixin):
         return slots < self.cursor[LIVE, :, None]
 
     def _make_room(self, key_states, tokens):
-        """Make the slots of the next tokens ready. Several are attended in full: a pass over a prompt, or one that
-        checks an assistant's guesses, may leave more than the budget, and the pass after it settles that."""
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, key_states)
-        elif self.eviction is None:
-            if self.live + tokens > self.slots:
-                self._resize(slots_for(self.live + tokens, None, self.limit))
+        if self.is_initialized:
+            self.make_room(tokens)
         else:
-            if self.slots > self.budget:
-                self._settle()
-            if tokens > 1:
-                self._resize(max(self.budget, self.live + tokens))
-                self.cursor[SLOT] = self.cursor[LIVE]
+            self.lazy_initialization(key_states, key_states)
 
     def _resize(self, slots):
         """Other buffers of so many slots, with the same tokens in them."""
@@ -287,8 +348,6 @@ class SelfCacheLayer(CacheLayerMixin):
 
     def _advance(self, tokens):
         """Without eviction every token takes the next slot."""
-        self.seen += tokens
-        self.live += tokens
         if self.padding is None:
             self.cursor[:PINNED].add_(tokens)  # live, slot and seen are the same number
         else:
@@ -297,17 +356,12 @@ class SelfCacheLayer(CacheLayerMixin):
 
     def _evict(self, weights, tokens):
         eviction = self.eviction
-        budget = self.budget if tokens == 1 else self.slots
         if weights.dim() < 4:  # neither wanted nor read: of the right shape is enough
             weights = weights.new_zeros(()).expand(*self.key_slots.shape[:2], tokens, self.slots)
         ops.score_evict(
             weights, self.key_slots, self.cursor, self.positions, self.scores,
-            _POLICY[self.policy], budget, eviction.recent, eviction.decay,
+            _POLICY[self.policy], self._most(tokens), eviction.recent, eviction.decay,
         )  # fmt: skip
-        self.seen += tokens
-        self.live = min(self.live + tokens, budget)
-        if callable(eviction.policy) and tokens == 1 and self.live == budget:
-            self._choose()
 
     def _ranking(self):
         """What the user's function says each slot is worth: float [rows, slots]."""
@@ -337,6 +391,7 @@ class SelfCacheLayer(CacheLayerMixin):
         alive = protection.gather(1, kept) > 0
         in_order = self.positions.gather(1, kept).masked_fill(~alive, _FAR).argsort(dim=-1, stable=True)
         self._keep(kept.gather(1, in_order), alive.sum(-1))
+        self.live = min(self.live, self.budget)
         self._resize(self.budget)
         self._choose()
 
@@ -345,7 +400,6 @@ class SelfCacheLayer(CacheLayerMixin):
         self.key_slots, self.value_slots = _gathered(self.key_slots, order), _gathered(self.value_slots, order)
         self.positions, self.scores = self.positions.gather(1, order), self.scores.gather(1, order)
         self.cursor[LIVE] = live
-        self.live = int(live.max())
 
     def _choose(self):
         """Point each full row at the slot that is worth least, as score_evict does for the policies in C."""
@@ -359,16 +413,20 @@ class SelfCacheLayer(CacheLayerMixin):
 
     def _select_state(self, rows):
         self.cursor = self.cursor[:, rows].contiguous()
-        if self.padding is not None:
-            self.padding = self.padding[rows.to(self.padding.device)]
+        self._select_padding(rows)
         if self.eviction is not None:
             self.positions, self.scores = self.positions[rows], self.scores[rows]
+
+    def _select_padding(self, rows):
+        if self.padding is not None:
+            self.padding = self.padding[rows.to(self.padding.device)]
 
     def _in_order(self, slots):
         if slots is None:
             return None
         if self.is_exact:
-            return slots[:, :, : self.live]
+            tokens = slots[:, :, : self.live]
+            return tokens if self.home is None else tokens.clone()  # what is at home is another cache's one day
         width = self.seen if self.eviction is None else self.live
         alive = self._alive()
         order = self._positions().masked_fill(~alive, -1).argsort(dim=-1, stable=True)  # dead slots first
@@ -377,11 +435,11 @@ class SelfCacheLayer(CacheLayerMixin):
         return _gathered(slots, order).masked_fill(~used[:, None, :, None], 0)
 
     def _update_padded(self, key_states, value_states):
-        for row in range(self.batch_size):
-            _, slot, seen, _ = self.cursor[:, row].tolist()
+        for row, (_, slot, seen, _) in enumerate(self.cursor.T.tolist()):
             skip = max(-seen, 0)
             count = max(key_states.shape[2] - skip, 0)
             self.key_slots[row, :, slot : slot + count] = key_states[row, :, skip:]
             self.value_slots[row, :, slot : slot + count] = value_states[row, :, skip:]
         self._advance(key_states.shape[2])
+        self.count(key_states.shape[2])
         return self.keys, self.values

@@ -8,22 +8,33 @@ E itself: the query times Wk before, Wv and bv after the weighted sum.
 import warnings
 import weakref
 from dataclasses import dataclass, field
+from operator import is_
+from typing import NamedTuple
 
 import torch
 from torch.utils._pytree import tree_map
 from transformers.cache_utils import CacheLayerMixin
 
 from . import ops
+from .config import CrossConfig
+from .homes import apart
+
+ROOM = 128  # a home has room for a multiple of so many frames, that audios trimmed to other lengths may follow in it
 
 
 def owners_of(states, share):
     """int32 [rows]: which audio each row decodes. Rows of one audio stand together and have the same states."""
-    rows, owner = len(states), 0
-    owners = torch.zeros(rows, dtype=torch.int32)
-    for row in range(1, rows):
-        owner += not (share and torch.equal(states[row], states[row - 1]))
-        owners[row] = owner
-    return owners
+    rows = len(states)
+    if not share:
+        return torch.arange(rows, dtype=torch.int32, device=states.device)
+    others = [(one != next_one).any() for one, next_one in zip(states, states[1:])]
+    begins = torch.stack([torch.zeros((), dtype=torch.bool, device=states.device), *others])
+    return begins.cumsum(0, dtype=torch.int32)
+
+
+def first_rows(owners, audios):
+    """int64 [audios]: of each audio the first row."""
+    return torch.searchsorted(owners, torch.arange(audios, dtype=owners.dtype, device=owners.device))
 
 
 @dataclass
@@ -41,7 +52,20 @@ class Matrix:
         if bits:
             return cls(*ops.pack_frames(states.contiguous(), lengths, bits, group), bits)
         data = states.transpose(1, 2).contiguous()
-        return cls(data if data.data_ptr() != states.data_ptr() else data.clone(), torch.empty(0))  # states is not ours
+        data = data if data.data_ptr() != states.data_ptr() else data.clone()  # states is not ours
+        return cls(data, torch.empty(0, device=data.device))
+
+    def fill(self, states, lengths, group):
+        """The same, in memory that is there and may have room for more frames."""
+        if self.bits:
+            codes, scales = ops.pack_frames(states.contiguous(), lengths, self.bits, group)
+            self.data[:, :, : codes.shape[2]] = codes
+            self.scales[:, :, : scales.shape[2]] = scales
+        else:
+            self.data[:, :, : states.shape[1]] = states.transpose(1, 2)
+
+    def __getstate__(self):
+        return {**vars(self), "data": apart(self.data), "scales": apart(self.scales)}
 
     @property
     def nbytes(self):
@@ -51,7 +75,7 @@ class Matrix:
         """[audios, heads, frames, dim], of those audios."""
         data, scales = self.data[audios], self.scales[audios] if self.bits else None
         if not self.bits:
-            return data
+            return data[:, :, :frames]
         audios, heads, tiles, _, channels = data.shape
         codes = data.view(audios, heads, tiles, -1, ops.TILE, 4)
         if self.bits == 4:
@@ -69,6 +93,8 @@ class Audios:
     lengths  int32 [audios]: how many that is of each
     kept     int64 [audios, frames]: where they stood in the encoder's output; None if all are kept
     heard    frames in the encoder's output
+    room     frames that the matrices have room for
+    home     where graphs expect all this; None if no step is to be captured
     """
 
     states: torch.Tensor | None
@@ -78,21 +104,41 @@ class Audios:
     layers: int
     record: object
     latent: Matrix | None = field(default=None, init=False)
+    home: "CrossHome | None" = field(default=None, init=False)
+
+    def __post_init__(self):
+        self.room = self.frames
+
+    def __getstate__(self):
+        return {**vars(self), "home": None, "lengths": apart(self.lengths)}
 
     @classmethod
     def gather(cls, states, owners, keep, layers, record):
         """Of each audio once. `keep` bool [audios, frames] or None."""
         heard, audios = states.shape[1], int(owners[-1]) + 1
-        first = torch.searchsorted(owners, torch.arange(audios, dtype=owners.dtype))
         states = states.detach()
         if audios < len(states):
-            states = states[first]
+            states = states[first_rows(owners, audios)]
         if keep is None or bool(keep.all()):
-            return cls(states, torch.full((audios,), heard, dtype=torch.int32), None, heard, layers, record)
+            lengths = torch.full((audios,), heard, dtype=torch.int32, device=states.device)
+            return cls(states, lengths, None, heard, layers, record)
         lengths = keep.sum(-1).int()
         kept = (~keep).int().argsort(dim=-1, stable=True)[:, : int(lengths.max())]
         states = states.gather(1, kept[..., None].expand(-1, -1, states.shape[-1]))
         return cls(states, lengths, kept, heard, layers, record)
+
+    def move_to(self, home):
+        """Before anything is held."""
+        home.lengths.copy_(self.lengths)
+        self.home, self.lengths, self.room = home, home.lengths, home.room
+
+    def hold(self, states, config, layer, part):
+        """The Matrix of states [audios, frames, heads, dim], as keys (part 0) or values (1) of a layer."""
+        if self.home is None:
+            return Matrix.of(states, self.lengths, config.bits, config.group)
+        matrix = self.home.of_layer[layer][part]
+        matrix.fill(states, self.lengths, config.group)
+        return matrix
 
     def __len__(self):
         return len(self.lengths)
@@ -107,6 +153,51 @@ class Audios:
         self.layers -= 1
         if self.layers == 0:
             self.states = None
+
+
+class CrossLayout(NamedTuple):
+    """What decides the addresses and kernels of a step over the cross-attention cache."""
+
+    layers: int
+    audios: int
+    heads: int
+    room: int
+    head_dim: int
+    dtype: torch.dtype
+    config: CrossConfig
+
+    @classmethod
+    def of(cls, audios, heads, config):
+        states = audios.states
+        room = min(-(-audios.frames // ROOM) * ROOM, audios.heard)
+        heads = 1 if config.is_latent else heads
+        return cls(audios.layers, len(audios), heads, room, states.shape[-1] // heads, states.dtype, config)
+
+    def tensors(self):
+        matrices = 1 if self.config.is_latent else 2 * self.layers
+        shape, bits = (matrices, self.audios, self.heads), self.config.bits
+        if bits:
+            channels = -(-self.head_dim // ops.CHANNELS) * ops.CHANNELS
+            data = (*shape, -(-self.room // ops.TILE), 2 * bits, channels), torch.uint8
+            scales = (*shape, -(-self.room // self.config.group), 2, channels), torch.float32
+        else:
+            data = (*shape, self.room, self.head_dim), self.dtype
+            scales = (matrices, 0), torch.float32
+        return {"data": data, "scales": scales, "lengths": ((self.audios,), torch.int32)}
+
+
+class CrossHome:
+    """Where the matrices of all layers are while graphs are replayed over them; of_layer: keys and values of each."""
+
+    def __init__(self, lease):
+        layout = lease.layout
+        self.lease, self.key, self.lengths, self.room = lease, lease.key, lease.tensors["lengths"], layout.room
+        tensors = zip(lease.tensors["data"], lease.tensors["scales"])
+        matrices = [Matrix(data, scales, layout.config.bits) for data, scales in tensors]
+        if layout.config.is_latent:
+            self.of_layer = [(matrices[0], matrices[0])] * layout.layers
+        else:
+            self.of_layer = list(zip(matrices[::2], matrices[1::2]))
 
 
 class OnDemand:
@@ -142,6 +233,7 @@ class CrossCacheLayer(CacheLayerMixin):
     """One decoder layer's view of the audios.
 
     owner         int32 [rows]: the audio of each row. Reordering and selecting rows changes this and nothing else.
+    home, index   the home of the self-attention cache, if the owner is there too; which layer this is
     keys_of_audios, values_of_audios  in the latent formats both are the one Matrix that all layers share
     """
 
@@ -151,15 +243,15 @@ class CrossCacheLayer(CacheLayerMixin):
     supports_early_init = False
     max_cache_len = 0  # so generate() in transformers 5.10 never keeps a static cache with our layers for its next call
 
-    def __init__(self, config, audios, owner):
-        self.config = config
+    def __init__(self, config, audios, owner, index=0):
+        self.config, self.index, self.home = config, index, None
         self.audios, self.owner = audios, owner
         self.keys_of_audios = self.values_of_audios = None
         self.attention = None  # a weak reference to the layer's attention, whose projections may be asked for
         self.is_initialized = False
 
     def __getstate__(self):
-        return {**vars(self), "attention": None}
+        return {**vars(self), "attention": None, "home": None, "owner": apart(self.owner)}
 
     # What attention calls
 
@@ -171,15 +263,15 @@ class CrossCacheLayer(CacheLayerMixin):
         self.heads, self.head_dim = attention.num_heads, attention.head_dim
         if config.is_latent:
             if audios.latent is None:
-                audios.latent = Matrix.of(states[:, :, None], audios.lengths, config.bits, config.group)
+                audios.latent = audios.hold(states[:, :, None], config, self.index, 0)
                 audios.record.cross_bytes += audios.latent.nbytes
             self.keys_of_audios = self.values_of_audios = audios.latent
             audios.filled([])
         else:
             shape = (*states.shape[:2], self.heads, self.head_dim)
             self.keys_of_audios, self.values_of_audios = (
-                Matrix.of(project(states).view(shape), audios.lengths, config.bits, config.group)
-                for project in (attention.k_proj, attention.v_proj)
+                audios.hold(project(states).view(shape), config, self.index, part)
+                for part, project in enumerate((attention.k_proj, attention.v_proj))
             )
             audios.filled([self.keys_of_audios, self.values_of_audios])
         self.is_initialized = True
@@ -241,7 +333,10 @@ class CrossCacheLayer(CacheLayerMixin):
         """The audio stays whatever becomes of its tokens."""
 
     def reorder_cache(self, beam_idx):
-        self.batch_select_indices(beam_idx)
+        if self.home is not None and self.owner is self.home.owner and len(beam_idx) == len(self.owner):
+            self.home.reorder_owner(self.index, beam_idx)
+        else:
+            self.batch_select_indices(beam_idx)
 
     def batch_select_indices(self, indices):
         self.owner = self.owner[indices.to(self.owner.device)]
@@ -263,6 +358,24 @@ class CrossCacheLayer(CacheLayerMixin):
     def values(self):
         return self._shown(self.values_of_audios, "v_proj")
 
+    # What graphs.py calls
+
+    @property
+    def is_home(self):
+        """Whether what a step reads of the audios is where graphs expect it."""
+        home = self.audios.home
+        matrices = self.keys_of_audios, self.values_of_audios
+        return home is not None and all(map(is_, matrices, home.of_layer[self.index]))
+
+    def move_to(self, home):
+        """Let the owner of the home be this layer's; it is the same for all layers."""
+        if self.index == 0:
+            home.owner.copy_(self.owner)
+        self.home, self.owner = home, home.owner
+
+    def leave(self):
+        self.home, self.owner = None, apart(self.owner)
+
     # How it works
 
     def _shown(self, matrix, projection):
@@ -282,13 +395,13 @@ class CrossCacheLayer(CacheLayerMixin):
             states = matrix.floats(frames, self.heads * self.head_dim, group, self.dtype, audios)[:, 0]
             return getattr(attention, projection)(states).unflatten(-1, (self.heads, self.head_dim)).transpose(1, 2)
 
-        return OnDemand(of_audios, self.owner)
+        return OnDemand(of_audios, apart(self.owner))
 
     def _run(self, query, want_weights):
         keys, values, audios = self.keys_of_audios, self.values_of_audios, self.audios
         return ops.cross_attention(
             query, keys.data, values.data, keys.scales, values.scales, self.owner, audios.lengths,
-            audios.frames, self.config.group, 1.0, want_weights,
+            audios.room, self.config.group, 1.0, want_weights,
         )  # fmt: skip
 
     def _attend_latent(self, query, attention, want_weights):
@@ -312,5 +425,6 @@ class CrossCacheLayer(CacheLayerMixin):
         if self.audios.kept is None:
             return weights
         full = weights.new_zeros(*weights.shape[:-1], self.audios.heard)
+        weights = weights[..., : self.audios.frames]
         at = self.audios.kept[self.owner][:, None, None, :].expand(weights.shape)
         return full.scatter_(-1, at, weights)

@@ -21,20 +21,20 @@ class EncoderListener:
     def __call__(self, encoder, args, kwargs, output):
         features = args[0] if args else kwargs.get("input_features")
         mask = args[1] if len(args) > 1 else kwargs.get("attention_mask")
-        for states, kept in zip(output[0], kept_frames(features, mask, self.trim)):
-            self._kept[self._digest(states)] = kept
+        kept = kept_frames(features, mask, self.trim).cpu()  # where the decoder will be is not known
+        self._kept.update(zip(self._digests(output[0]), kept))
         while len(self._kept) > self.MOST:
             self._kept.popitem(last=False)
 
     def kept(self, states):
         """bool [audios, frames], or None if one of these audios has not been heard."""
-        found = [self._kept.get(self._digest(each)) for each in states]
-        return None if any(each is None for each in found) else torch.stack(found)
+        found = [self._kept.get(digest) for digest in self._digests(states)]
+        return None if any(each is None for each in found) else torch.stack(found).to(states.device)
 
     @staticmethod
-    def _digest(states):
-        sample = states.detach()[:: max(len(states) // 16, 1)].contiguous()
-        return hashlib.blake2b(sample.view(torch.uint8).numpy(), digest_size=16).digest()
+    def _digests(states):
+        samples = states.detach()[:, :: max(states.shape[1] // 16, 1)].contiguous().cpu()
+        return [hashlib.blake2b(each.view(torch.uint8).numpy(), digest_size=16).digest() for each in samples]
 
     def __deepcopy__(self, memo):
         return EncoderListener(self.trim)

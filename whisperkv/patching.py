@@ -7,10 +7,12 @@ from transformers import WhisperForCausalLM, WhisperForConditionalGeneration, Wh
 from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache
 from transformers.models.whisper.modeling_whisper import WhisperAttention, WhisperDecoder, WhisperEncoder
 
+from . import ops
 from .attention import CrossAttention, SelfAttention, self_cache_layer
 from .cache import SelfCacheLayer, SpareBuffer
 from .config import CrossConfig, EvictionConfig
-from .cross_cache import Audios, CrossCacheLayer, owners_of
+from .cross_cache import Audios, CrossCacheLayer, first_rows, owners_of
+from .graphs import GraphDecoder, Graphs
 from .listener import EncoderListener
 from .records import DecodeRecord, Stats
 
@@ -20,13 +22,16 @@ _ATTENTIONS = {"self_attn": SelfAttention, "encoder_attn": CrossAttention}
 _DECODER_ARGUMENTS = ("input_ids", "attention_mask", "encoder_hidden_states", "past_key_values", "inputs_embeds")
 
 
-def patch(model, eviction: EvictionConfig | None = None, cross: CrossConfig | None = None):
+def patch(model, eviction: EvictionConfig | None = None, cross: CrossConfig | None = None, graphs: bool = True):
     """Make a Whisper decode through whisperkv, and return it.
 
     model     a WhisperForConditionalGeneration, WhisperModel or WhisperForCausalLM, or a pipeline, PEFT model or
               torch.compile wrapper around one
     eviction  which tokens the self-attention cache keeps; None keeps all, and the tokens come out as before
     cross     how the cross-attention cache holds an audio; None is CrossConfig(), which is lossless too
+    graphs    on CUDA, capture a decode step of each shape once and replay it. What cannot be captured (hooks, adapters,
+              attentions asked for, a policy that is a function) runs as it does with False. The memory of the last
+              caches is kept for the next ones until unpatch().
 
     A model that is already patched takes the new settings.
     """
@@ -36,6 +41,8 @@ def patch(model, eviction: EvictionConfig | None = None, cross: CrossConfig | No
         raise ValueError(f"eviction must be an EvictionConfig or None; got {eviction!r}")
     if cross is not None and not isinstance(cross, CrossConfig):
         raise ValueError(f"cross must be a CrossConfig or None; got {cross!r}")
+    if not isinstance(graphs, bool):
+        raise ValueError(f"graphs must be True or False; got {graphs!r}")
     cross = cross or CrossConfig()
     for index, layer in enumerate(decoder.layers):
         for name, ours in _ATTENTIONS.items():
@@ -60,7 +67,10 @@ def patch(model, eviction: EvictionConfig | None = None, cross: CrossConfig | No
     if cross.trim != "off":
         listener = EncoderListener(cross.trim)
         encoder.register_forward_hook(listener, with_kwargs=True)
-    decoder.register_forward_pre_hook(CacheAdoption(eviction, cross, listener), with_kwargs=True)
+    if graphs and type(decoder) is WhisperDecoder:
+        decoder.__class__ = GraphDecoder
+    graphs = Graphs() if type(decoder) is GraphDecoder else None
+    decoder.register_forward_pre_hook(CacheAdoption(eviction, cross, listener, graphs), with_kwargs=True)
     return model
 
 
@@ -86,9 +96,10 @@ def stats(model) -> Stats:
 class CacheAdoption:
     """A forward pre-hook of the decoder: a fresh cache is given our layers before anything enters it."""
 
-    def __init__(self, eviction, cross, listener):
+    def __init__(self, eviction, cross, listener, graphs):
         self.eviction, self.cross = eviction, cross
         self.listener = listener  # of the encoder, if frames are to be trimmed
+        self.graphs = graphs  # of the steps to come, if they are wanted
         self.record = None  # of the cache that was last passed through the decoder
         self.decodes = 0
         self.note = ""
@@ -108,6 +119,8 @@ class CacheAdoption:
             layer = self._adopt(decoder, given, rows, tokens)
             if layer is None:
                 return None
+        elif tokens == 1:
+            given["attention_mask"] = None  # our layers know the padding, and transformers would have to wait for it
         self.record = layer.record
         self.record.tokens = layer.seen + tokens
         return (), given
@@ -121,7 +134,9 @@ class CacheAdoption:
             return None
         if cache is not None and (not isinstance(cache, Cache) or cache.get_seq_length() > 0):
             return None
-        padding, self.note = _left_padding(given.get("attention_mask"), rows, tokens)
+        padding, self.note = _left_padding(
+            given.get("attention_mask"), rows, tokens, decoder.embed_tokens.weight.device
+        )
         if decoder.training:
             self.note = "left to transformers: the model is in training mode (call model.eval())"
         elif torch.is_grad_enabled() and _needs_grad(decoder, given):
@@ -155,29 +170,34 @@ class CacheAdoption:
         own = cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
         spare = SpareBuffer()
         own.layers = [
-            SelfCacheLayer(self.eviction, config.max_target_positions, padding, spare, record) for _ in decoder.layers
+            SelfCacheLayer(self.eviction, config.max_target_positions, padding, spare, record, index)
+            for index in range(record.layers)
         ]
         own.layer_class_to_replicate = None
+        is_captured = self.graphs is not None and self.graphs.begin(decoder)
         if states is not None:
-            self._adopt_cross(cache, states, record)
+            self._adopt_cross(cache, states, record, is_captured)
         return own.layers[0]
 
-    def _adopt_cross(self, cache, states, record):
+    def _adopt_cross(self, cache, states, record, is_captured):
         owners = owners_of(states, self.cross.share_beams)
         keep = None
         if self.listener is not None:
-            first = torch.searchsorted(owners, torch.arange(int(owners[-1]) + 1, dtype=owners.dtype))
-            keep = self.listener.kept(states[first])
+            keep = self.listener.kept(states[first_rows(owners, int(owners[-1]) + 1)])
             if keep is None:
                 self.note = "not trimmed: this encoder output was not made by the patched model's own encoder"
         audios = Audios.gather(states, owners, keep, record.layers, record)
         record.audios, record.frames_kept = len(audios), int(audios.lengths.sum())
-        cache.cross_attention_cache.layers = [CrossCacheLayer(self.cross, audios, owners) for _ in range(record.layers)]
+        if is_captured:
+            audios.move_to(self.graphs.home_of(audios, self.cross))
+        cache.cross_attention_cache.layers = [
+            CrossCacheLayer(self.cross, audios, owners, index) for index in range(record.layers)
+        ]
         cache.cross_attention_cache.layer_class_to_replicate = None
         cache.is_updated = dict.fromkeys(range(record.layers), False)
 
 
-def _left_padding(mask, rows, tokens):
+def _left_padding(mask, rows, tokens, device):
     """int32 [rows] of padding columns (None if there are none), and why the mask is not one that we can follow."""
     if mask is None:
         return None, ""
@@ -191,7 +211,7 @@ def _left_padding(mask, rows, tokens):
         return None, ""
     if visible.shape[1] != tokens or not bool((visible[:, 1:] >= visible[:, :-1]).all() & visible[:, -1].all()):
         return None, "left to transformers: the decoder's attention mask is not plain left padding"
-    return (~visible).sum(-1).int(), ""
+    return (~visible).sum(-1).int().to(device), ""
 
 
 def _needs_grad(decoder, given):
@@ -232,6 +252,8 @@ def _adoption(decoder):
 
 def _restore(whisper):
     decoder, encoder = _decoder(whisper), _encoder(whisper)
+    if type(decoder) is GraphDecoder:
+        decoder.__class__ = WhisperDecoder
     for layer in decoder.layers:
         for name, ours in _ATTENTIONS.items():
             if type(getattr(layer, name)) is ours:
@@ -250,8 +272,13 @@ def _remove_hooks(hooks, with_kwargs, kind):
 
 def _check_tensors(decoder):
     weight = decoder.embed_tokens.weight
-    if weight.device.type != "cpu":
-        raise ValueError(f"the model is on {weight.device}: whisperkv has CPU kernels only so far (model.to('cpu'))")
+    if weight.device.type not in ("cpu", "cuda"):
+        raise ValueError(f"the model is on {weight.device}: whisperkv has kernels for cpu and cuda (model.to('cpu'))")
+    if weight.is_cuda and not ops.CUDA:
+        raise ValueError(
+            f"the model is on {weight.device}, and whisperkv has no CUDA kernels here ({ops.CUDA_REASON}): "
+            "move it with model.to('cpu')"
+        )
     if weight.dtype not in _DTYPES:
         known = ", ".join(str(dtype).removeprefix("torch.") for dtype in _DTYPES)
         raise ValueError(f"the model is in {str(weight.dtype).removeprefix('torch.')}: whisperkv takes {known}")
