@@ -270,10 +270,7 @@ class _Snapshot:
     def is_hooked(self):
         """By others than transformers, which leaves hooks behind that do nothing unless outputs are asked for."""
         return any(
-            getattr(hook, "__module__", "") != CAPTURING
-            for hooks in self._hooks
-            if hooks
-            for hook in hooks.values()
+            getattr(hook, "__module__", "") != CAPTURING for hooks in self._hooks if hooks for hook in hooks.values()
         )
 
 

@@ -17,7 +17,7 @@ _torch.register(_LIBRARIES[0])
 
 
 def _start_cuda():
-    """"" if the ops take CUDA tensors from now on, else why not."""
+    """ "" if the ops take CUDA tensors from now on, else why not."""
     if not torch.cuda.is_available():
         return "torch finds no GPU"
     try:
