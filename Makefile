@@ -31,9 +31,9 @@ sanitize-cuda: $(VENV)/.test
 	PYTHON=$(BIN)/python sh tests/sanitize.sh cuda
 	SHIM_REVERSE=1 PYTHON=$(BIN)/python sh tests/sanitize.sh cuda
 
-# On a machine with a GPU and nvcc: the tests of the ops and of generate() on CUDA, then the benchmarks.
-# WEIGHTS="tiny.en=FOLDER" for the real weights of a faster-whisper folder.
-GPU_TESTS = tests/test_ops.py tests/test_cross_ops.py tests/test_graphs.py tests/test_generate.py
+# On a machine with a GPU and nvcc: the tests, those of the ops, of graphs and of generate() on CUDA, then the benchmarks.
+# WEIGHTS="tiny.en=FOLDER" for the real weights of a faster-whisper folder; GPU_TESTS for fewer tests.
+GPU_TESTS = $(TESTS)
 gpu: $(VENV)/.test $(VENV)/.bench
 	WHISPERKV_TEST_DEVICE=cuda $(BIN)/python -m pytest -q $(GPU_TESTS)
 	$(BIN)/python benchmarks/gpu.py $(if $(WEIGHTS),--weights $(WEIGHTS))

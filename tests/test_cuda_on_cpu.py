@@ -29,13 +29,12 @@ def on_cpu(tmp_path_factory):
     )
     assert built.returncode == 0, built.stderr[-4000:]
     assert "warning" not in built.stderr, built.stderr[-4000:]
-    for source in (ROOT / "whisperkv").glob("*.py"):
-        shutil.copy(source, place / "whisperkv")
+    shutil.copytree(ROOT / "whisperkv", place / "whisperkv", ignore=shutil.ignore_patterns("*.so"), dirs_exist_ok=True)
     return place
 
 
 def run(command, folder, **env):
-    environment = {**os.environ, "PYTHONPATH": str(folder), **env}
+    environment = {**os.environ, "WHISPERKV_TEST_DEVICE": "cpu", "PYTHONPATH": str(folder), **env}
     return subprocess.run([sys.executable, *command], cwd=folder, env=environment, capture_output=True, text=True)
 
 
@@ -47,6 +46,14 @@ def test_values(on_cpu, file, order):
     ran = run(command, on_cpu, **order)
     assert ran.returncode == 0, ran.stdout[-4000:] + ran.stderr[-1000:]
     assert " passed" in ran.stdout
+
+
+def test_tokens(on_cpu):
+    """A real model with real audio decodes through them to the tokens of transformers."""
+    few = "same_tokens_of_a_latent_cache and greedy or policies and magnitude"
+    ran = run(["-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", few, str(TESTS / "test_generate.py")], on_cpu)
+    assert ran.returncode == 0, ran.stdout[-4000:] + ran.stderr[-1000:]
+    assert "2 passed" in ran.stdout or "2 skipped" in ran.stdout
 
 
 def test_it_is_the_kernels_for_cuda(on_cpu):
