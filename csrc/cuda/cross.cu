@@ -110,7 +110,7 @@ __device__ void stage_codes(const struct block &b, const uint8_t *const codes, c
     const int frame = tile * WKV_TILE + four * 4, channel = quad * 4 * QUADS;
     if (channel >= b.channels) continue;
     T *const place = to + frame * stride + channel;
-    if (first + frame >= b.length) {
+    if (first + frame >= b.length) { /* of the others past the end, the codes are 0 and the weights will be */
       for (int f = 0; f < 4; f++)
         for (int c = 0; c < 4 * QUADS; c++) convert(0, place + f * stride + c);
       continue;
@@ -123,8 +123,7 @@ __device__ void stage_codes(const struct block &b, const uint8_t *const codes, c
       for (int f = 0; f < 4; f++)
         for (int c = 0; c < 4; c++) {
           const uint32_t code = P::BITS == 8 ? some.word[f] >> 8 * c & 255 : some.word[f] >> (8 * c + 4 * q) & 15;
-          const float x = fmaf((float)code, step[4 * q + c], least[4 * q + c]);
-          convert(first + frame + f < b.length ? x : 0, place + f * stride + 4 * q + c);
+          convert(fmaf((float)code, step[4 * q + c], least[4 * q + c]), place + f * stride + 4 * q + c);
         }
   }
 }

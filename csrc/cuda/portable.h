@@ -81,19 +81,23 @@ struct __align__(16) piece {
  * than n groups begun since, and to the others after the next __syncthreads. */
 INLINE void copy_piece(void *const to, const void *const from) {
 #ifdef CUDASHIM
-  memcpy(to, from, sizeof(piece));
+  cudashim::copy(to, from, sizeof(piece));
 #else
   const uint32_t address = (uint32_t)__cvta_generic_to_shared(to);
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(address), "l"(from) : "memory");
 #endif
 }
 INLINE void end_of_copies(void) { /* a group ends here */
-#ifndef CUDASHIM
+#ifdef CUDASHIM
+  cudashim::end_of_copies();
+#else
   asm volatile("cp.async.commit_group;" ::: "memory");
 #endif
 }
 template <int GROUPS> INLINE void copies_but(void) { /* all but the newest groups are there */
-#ifndef CUDASHIM
+#ifdef CUDASHIM
+  cudashim::copies_but(GROUPS);
+#else
   asm volatile("cp.async.wait_group %0;" ::"n"(GROUPS) : "memory");
 #endif
 }

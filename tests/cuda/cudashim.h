@@ -1,7 +1,8 @@
 /* CUDA's kernels on a CPU: a block's threads are fibers, which meet in __syncthreads and in the operations of a warp.
  * One block runs at a time, so that shared memory is static. It reports threads that wait at different barriers, lanes
  * that are missing from a mask, and deadlocks. It does not see races in memory, nor PTX: where a source has some, it has
- * a plain form beside it. With SHIM_REVERSE=1 in the environment, warps and lanes run in the other order: run both. */
+ * a plain form beside it. With SHIM_REVERSE=1 in the environment, warps and lanes run in the other order, and copies that
+ * are not waited for are made at once, where otherwise they are put off until they must be there: run both. */
 #pragma once
 #include <cmath>
 #include <cstdint>
@@ -49,7 +50,11 @@ __asm__(".text\n.weak cudashim_switch\n.type cudashim_switch,@function\ncudashim
 inline void sw(Ctx* from, Ctx* to) { cudashim_switch(&from->sp, to->sp); }
 #endif
 struct Warp { uint64_t slot[WARP]; unsigned in, go, out, live, mask[WARP]; int idle; };
-struct Fiber { Ctx ctx; uint3 tid; int lin, lane; Warp* w; bool done; std::vector<char> stack; };
+struct Copy { void* to; const void* from; size_t bytes; };
+struct Fiber {
+  Ctx ctx; uint3 tid; int lin, lane; Warp* w; bool done; std::vector<char> stack;
+  std::vector<std::vector<Copy>> groups;  // of copies that are on their way; the last one is still open
+};
 struct Block {
   uint3 bid; dim3 bdim, gdim; char* dyn; std::function<void()> const* body;
   std::vector<Fiber> f; std::vector<Warp> w; Ctx main; int live, arrived, site; unsigned gen; long idle;
@@ -77,9 +82,22 @@ inline void sync(int site) {
   if (++B.arrived == B.live) { B.arrived = 0; B.gen++; B.idle = 0; next(); }
   else while (B.gen == g) wait();
 }
+inline void copy(void* to, const void* from, size_t bytes) {
+  if (dir() < 0) memcpy(to, from, bytes); else cur->groups.back().push_back({to, from, bytes});
+}
+inline void end_of_copies() { cur->groups.emplace_back(); }
+inline void copies_but(size_t n) {            // all but the last n groups arrive, and the open one
+  auto& groups = cur->groups;
+  while (groups.size() > n + 1) {
+    for (auto& c : groups.front()) memcpy(c.to, c.from, c.bytes);
+    groups.erase(groups.begin());
+  }
+}
 inline void entry() {
   (*B.body)();
-  Fiber* me = cur; me->done = true; me->w->live &= ~(1u << me->lane); B.live--; B.idle = 0;
+  Fiber* me = cur;
+  for (auto& group : me->groups) if (!group.empty()) die("copies that nobody waited for");
+  me->done = true; me->w->live &= ~(1u << me->lane); B.live--; B.idle = 0;
   if (B.live && B.arrived) die("thread returned while others wait in __syncthreads");
   if (!B.live) sw(&me->ctx, &B.main); else next();
   abort();
@@ -110,7 +128,7 @@ template <class... P, class... A> void launch(dim3 g, dim3 b, size_t smem, void 
     B.f.resize(n); B.w.assign((n + WARP - 1) / WARP, Warp{});
     for (int i = 0; i < n; i++) {
       Fiber& f = B.f[i]; f.lin = i; f.lane = i % WARP; f.w = &B.w[i / WARP]; f.w->live |= 1u << f.lane;
-      f.tid = { unsigned(i % b.x), unsigned(i / b.x % b.y), unsigned(i / b.x / b.y) }; f.done = false;
+      f.tid = { unsigned(i % b.x), unsigned(i / b.x % b.y), unsigned(i / b.x / b.y) }; f.done = false; f.groups.assign(1, {});
       if (f.stack.size() != SS) f.stack.resize(SS);
 #ifdef SHIM_UC
       getcontext(&f.ctx); f.ctx.uc_stack.ss_sp = f.stack.data(); f.ctx.uc_stack.ss_size = SS; f.ctx.uc_link = nullptr;
