@@ -1,10 +1,7 @@
 """The ops of cross-attention against their slow twins in reference.py, and all that can go wrong around them."""
 
 import gc
-import os
 import re
-import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -14,9 +11,11 @@ import torch
 from test_ops import (
     DEVICE,
     DTYPES,
+    ISAS,
     ON_CUDA,
     TOLERANCE,
     assert_same_bits,
+    check_values_on,
     copy,
     gpu,
     held_kib,
@@ -41,7 +40,6 @@ CROSS = (
     "query", "keys", "values", "key_scales", "value_scales", "owner", "lengths", "frames", "group", "scale",
     "want_weights",
 )  # fmt: skip
-ISAS = ["portable", "avx2", "avx512", "avx512_vnni", "avx512_bf16", "amx"]
 # Of a packed cache, from what exact attention over the same codes gives: rounding a query and the weights to bytes
 # moves an output by this part of its channel's standard deviation, at most and on average over a call. Measured over
 # 4000 random problems: 0.12 and 0.0095. What wrong steps, leasts, groups and orders do is beyond. From the twin that
@@ -391,17 +389,7 @@ class TestValues:
 @of_the_cpu
 @pytest.mark.parametrize("isa", ISAS)
 def test_every_instruction_set(isa):
-    env = os.environ | {"WHISPERKV_ISA": isa, "OMP_NUM_THREADS": "1"}
-    code = "from whisperkv import _torch; print(_torch.ISA)"
-    probe = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
-    if "not an instruction set that runs here" in probe.stderr:
-        pytest.skip(probe.stderr.splitlines()[-1])
-    assert probe.stdout == f"{isa}\n", probe.stderr
-    if isa == ops.ISA:
-        return  # TestValues has just run on it
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__, "-k", "TestValues"]
-    run = subprocess.run(command, env=env, capture_output=True, text=True)
-    assert run.returncode == 0, run.stdout + run.stderr
+    check_values_on(isa, __file__)
 
 
 # What keeps the bounds honest

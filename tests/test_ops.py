@@ -234,9 +234,11 @@ of_cuda = pytest.mark.skipif(not ON_CUDA, reason="about the kernels for CUDA")
 gpu = pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU and WHISPERKV_TEST_DEVICE=cuda")
 
 
-@of_the_cpu
-@pytest.mark.parametrize("isa", ["portable", "avx2", "avx512", "avx512_vnni", "avx512_bf16", "amx"])
-def test_every_instruction_set(isa):
+ISAS = ["portable", "avx2", "avx512", "avx512_vnni", "avx512_bf16", "amx"]
+
+
+def check_values_on(isa, file):
+    """TestValues of a file, in a process that is forced to this instruction set."""
     env = os.environ | {"WHISPERKV_ISA": isa, "OMP_NUM_THREADS": "1"}
     code = "from whisperkv import _torch; print(_torch.ISA)"
     probe = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
@@ -245,9 +247,15 @@ def test_every_instruction_set(isa):
     assert probe.stdout == f"{isa}\n", probe.stderr
     if isa == ops.ISA:
         return  # TestValues has just run on it
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__, "-k", "TestValues"]
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", file, "-k", "TestValues"]
     run = subprocess.run(command, env=env, capture_output=True, text=True)
     assert run.returncode == 0, run.stdout + run.stderr
+
+
+@of_the_cpu
+@pytest.mark.parametrize("isa", ISAS)
+def test_every_instruction_set(isa):
+    check_values_on(isa, __file__)
 
 
 def test_policies_are_those_of_the_reference():

@@ -8,7 +8,8 @@
 
 enum size { ROWS, TOKENS, HEADS, SLOTS, DIM, CURSORS, AUDIOS, FRAMES, TILES, STRIP, CHANNELS, GROUPS, PAIR, SIZES };
 
-enum { UNKNOWN = -1, MAX_DIM = 5, MAX_TENSORS = 7, MAX_RESULTS = 2, MAX_BORROWED = 2, ERROR_SIZE = 512, CACHE = TORCH_DTYPE_COUNT };
+enum { UNKNOWN = -1, CACHE = TORCH_DTYPE_COUNT };
+enum { MAX_DIM = 5, MAX_TENSORS = 7, MAX_RESULTS = 2, MAX_BORROWED = 2, ERROR_SIZE = 512 };
 
 struct argument {
   const char *name;
@@ -45,6 +46,13 @@ bool new_result(struct call *, int i, int dim, const int64_t *sizes, int dtype, 
 
 /* Memory for as long as the call runs: two more tensors, released with it. NULL if there is none. */
 void *borrow(struct call *, int64_t floats);
+
+static inline int64_t count_of(const int64_t n, const int64_t unit) { return (n + unit - 1) / unit; }
+
+/* Of a head in a packed cache, and in the sums of its ranges of frames. */
+static inline int64_t padded_channels(const int64_t head_dim) {
+  return count_of(head_dim, WKV_CHANNELS) * WKV_CHANNELS;
+}
 
 bool as_bool(StableIValue);
 double as_double(StableIValue);

@@ -52,7 +52,7 @@ bool device_evict(struct call *const call, const struct wkv_eviction *const e) {
 static void pack(const int64_t begin, const int64_t end, void *const packing) { kernels->pack(packing, begin, end); }
 
 bool device_pack(struct call *const call, const struct wkv_packing *const p) {
-  const int64_t items = p->audios * p->heads * ((p->frames + p->group - 1) / p->group);
+  const int64_t items = p->audios * p->heads * count_of(p->frames, p->group);
   return !wkv_check_owners(NULL, 0, p->lengths, p->audios, p->frames, call->error, sizeof call->error) &&
          share_out(call, items, 2.0 * p->group * p->head_dim, pack, (void *)p);
 }
@@ -65,7 +65,7 @@ struct sharing {
 
 static void attend_cross(const int64_t begin, const int64_t end, void *const context) {
   struct sharing *const sharing = context;
-  void *const scratch = aligned_alloc(64, (sharing->scratch + 63) / 64 * 64);
+  void *const scratch = aligned_alloc(64, count_of((int64_t)sharing->scratch, 64) * 64);
   if (scratch) kernels->cross_attention(sharing->attention, scratch, begin, end);
   else sharing->no_memory = true;
   free(scratch);
@@ -79,7 +79,7 @@ static void finish_cross(const int64_t begin, const int64_t end, void *const con
 bool device_attend_cross(struct call *const call, struct wkv_cross_attention *const a) {
   if (wkv_check_owners(a->owner, a->rows, a->lengths, a->audios, a->frames, call->error, sizeof call->error))
     return false;
-  const int64_t channels = (a->head_dim + WKV_CHANNELS - 1) / WKV_CHANNELS * WKV_CHANNELS;
+  const int64_t channels = padded_channels(a->head_dim);
   const int64_t queries = a->rows * a->tokens;
   if (queries == 0) return true;
   struct sharing sharing = {a, wkv_cross_scratch(a), false};

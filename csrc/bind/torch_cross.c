@@ -2,8 +2,6 @@
 #include "torch_device.h"
 #include "torch_ops.h"
 
-static int64_t count_of(const int64_t n, const int64_t unit) { return (n + unit - 1) / unit; }
-
 static bool is_group(struct call *const call, const int64_t group) {
   return (group > 0 && group % WKV_TILE == 0 && (group % WKV_BLOCK == 0 || WKV_BLOCK % group == 0)) ||
          fail(call, "group must be 16, 32, 64, 128 or a multiple of 256 frames, got %lld", (long long)group);
@@ -23,7 +21,7 @@ static bool pack_frames(struct call *const call, const StableIValue *const numbe
     if (!accept(call, i, &packing_arguments[i], true)) return false;
   if (bits != 8 && bits != 4) return fail(call, "bits must be 8 or 4, got %lld", (long long)bits);
   const int64_t *const size = call->sizes;
-  const int64_t channels = count_of(size[DIM], WKV_CHANNELS) * WKV_CHANNELS;
+  const int64_t channels = padded_channels(size[DIM]);
   const int64_t groups = group > 0 ? count_of(size[FRAMES], group) : 0;
   const int64_t codes_shape[] = {size[AUDIOS], size[HEADS], count_of(size[FRAMES], WKV_TILE), 2 * bits, channels};
   const int64_t scales_shape[] = {size[AUDIOS], size[HEADS], groups, 2, channels};
@@ -75,7 +73,7 @@ static const struct argument packed_arguments[CROSS_TENSORS] = {
 
 /* A packed cache is as large as `frames` and `group` say. */
 static bool fits(struct call *const call, const int64_t frames, const int64_t group) {
-  const int64_t *const size = call->sizes, channels = count_of(size[DIM], WKV_CHANNELS) * WKV_CHANNELS;
+  const int64_t *const size = call->sizes, channels = padded_channels(size[DIM]);
   if (size[STRIP] != 16 && size[STRIP] != 8)
     return fail(call, "keys must have 16 bytes (8 bits) or 8 bytes (4 bits) a tile and channel, got %lld",
                 (long long)size[STRIP]);

@@ -57,7 +57,7 @@ bool device_attend_cross(struct call *const call, struct wkv_cross_attention *co
   if (a->rows == 0) return true;
   wkv_cuda_cross_plan(a);
   if (a->splits > 1 || a->weights) {
-    const int64_t channels = (a->head_dim + WKV_CHANNELS - 1) / WKV_CHANNELS * WKV_CHANNELS;
+    const int64_t channels = padded_channels(a->head_dim);
     const int64_t lines = a->splits * a->rows * a->tokens * a->heads;
     a->sums = borrow(call, lines * channels);
     a->totals = borrow(call, lines * 2);
