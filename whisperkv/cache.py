@@ -12,6 +12,7 @@ from transformers.cache_utils import CacheLayerMixin
 from . import ops
 from .compat import tokens_to_remove
 from .homes import apart
+from .views import Onlookers, View
 
 LIVE, SLOT, SEEN, PINNED = range(4)  # rows of the cursor, as in whisperkv.h
 _POLICY = {name: number for number, (name, *_) in enumerate(ops.POLICIES)}
@@ -61,6 +62,7 @@ class SelfCacheLayer(CacheLayerMixin):
     padding                 int [rows]: left padding of the first pass; None if no row has some
     seen                    tokens that went in, padding included: the logical length
     live                    slots in use, in the row that has most
+    views                   that were asked for, of the keys and values of all layers
     home, index             where the buffers of all layers are while graphs are replayed, and which of them this one is
     """
 
@@ -70,7 +72,7 @@ class SelfCacheLayer(CacheLayerMixin):
     supports_early_init = False
     max_cache_len = 0  # so generate() in transformers 5.10 never keeps a static cache with our layers for its next call
 
-    def __init__(self, eviction=None, limit=448, padding=None, spare=None, record=None, index=0):
+    def __init__(self, eviction=None, limit=448, padding=None, spare=None, record=None, index=0, views=None):
         self.index = index
         self.eviction, self.limit = eviction, limit
         self.budget = limit if eviction is None else min(eviction.budget, limit)
@@ -79,6 +81,7 @@ class SelfCacheLayer(CacheLayerMixin):
         self.reads_attention = eviction is not None and self.policy in _READS_ATTENTION
         self.spare = spare or SpareBuffer()
         self.record = record  # of the whole cache; for stats()
+        self.views = views or Onlookers()
         self.reset()
         self.padding = padding
 
@@ -119,6 +122,7 @@ class SelfCacheLayer(CacheLayerMixin):
             if self.live + tokens > self.slots:
                 self._resize(slots_for(self.live + tokens, None, self.limit))
             return
+        self.views.dismiss()
         if self.slots > self.budget:
             self._settle()
         if tokens > 1:
@@ -208,17 +212,22 @@ class SelfCacheLayer(CacheLayerMixin):
     max_batch_size = batch_size
 
     def reset(self):
+        self.views.dismiss()
         self.key_slots = self.value_slots = self.cursor = self.positions = self.scores = self.padding = None
         self.home = None
         self.seen = self.live = 0
         self.is_initialized = False
 
     def crop(self, tokens_to_keep_or_remove):
-        count = tokens_to_remove(tokens_to_keep_or_remove, self.seen)
+        self.remove(tokens_to_remove(tokens_to_keep_or_remove, self.seen))
+
+    def remove(self, count):
+        """Forget the newest tokens."""
         if count == 0 or not self.is_initialized:
             return
         if count == self.seen:
             return self.reset()
+        self.views.dismiss()
         self.seen -= count
         self.cursor[SEEN] -= count
         if self.eviction is None:
@@ -237,6 +246,7 @@ class SelfCacheLayer(CacheLayerMixin):
         rows = beam_idx.to(self.device)
         if rows.is_cpu and torch.equal(rows, torch.arange(self.batch_size)):  # elsewhere the host would have to wait
             return
+        self.views.dismiss()
         if self.is_home and len(rows) == self.batch_size:
             self.home.reorder_slots(self.index, beam_idx)
             self._select_padding(rows)
@@ -248,6 +258,7 @@ class SelfCacheLayer(CacheLayerMixin):
     def batch_select_indices(self, indices):
         if not self.is_initialized:
             return
+        self.views.dismiss()
         rows = torch.arange(self.batch_size, device=self.device)[indices]  # numbers or a mask
         self.key_slots, self.value_slots = self.key_slots[rows], self.value_slots[rows]
         self._select_state(rows)
@@ -264,11 +275,32 @@ class SelfCacheLayer(CacheLayerMixin):
     @property
     def keys(self):
         """[rows, heads, tokens, head_dim] in the order of the transcript; rows that hold less start with zeros."""
-        return self._in_order(self.key_slots)
+        return self._view(0)
 
     @property
     def values(self):
-        return self._in_order(self.value_slots)
+        return self._view(1)
+
+    # What views.py calls
+
+    @property
+    def heads(self):
+        return self.key_slots.shape[1]
+
+    @property
+    def head_dim(self):
+        return self.key_slots.shape[3]
+
+    def floats(self, part, rows, tokens):
+        slots = (self.key_slots, self.value_slots)[part]
+        every = rows == tuple(range(self.batch_size))
+        if self.is_exact and every:
+            held = slots[:, :, :tokens]
+            return held if self.home is None else held.clone()  # what is at home is another cache's one day
+        rows = torch.tensor(rows, device=self.device)
+        if self.is_exact:
+            return slots[:, :, :tokens][rows]
+        return self._in_order(slots, rows)[:, :, :tokens]
 
     # What graphs.py calls
 
@@ -421,18 +453,18 @@ class SelfCacheLayer(CacheLayerMixin):
         if self.padding is not None:
             self.padding = self.padding[rows.to(self.padding.device)]
 
-    def _in_order(self, slots):
-        if slots is None:
+    def _view(self, part):
+        if not self.is_initialized:
             return None
-        if self.is_exact:
-            tokens = slots[:, :, : self.live]
-            return tokens if self.home is None else tokens.clone()  # what is at home is another cache's one day
+        return View(self, part, tuple(range(self.batch_size)), self.seen if self.eviction is None else self.live)
+
+    def _in_order(self, slots, rows):
         width = self.seen if self.eviction is None else self.live
-        alive = self._alive()
-        order = self._positions().masked_fill(~alive, -1).argsort(dim=-1, stable=True)  # dead slots first
+        alive = self._alive()[rows]
+        order = self._positions()[rows].masked_fill(~alive, -1).argsort(dim=-1, stable=True)  # dead slots first
         order = torch.nn.functional.pad(order, (max(width - order.shape[1], 0), 0))[:, -width:]
-        used = torch.arange(width, device=self.device) >= width - self.cursor[LIVE, :, None]
-        return _gathered(slots, order).masked_fill(~used[:, None, :, None], 0)
+        used = torch.arange(width, device=self.device) >= width - self.cursor[LIVE, rows, None]
+        return _gathered(slots[rows], order).masked_fill(~used[:, None, :, None], 0)
 
     def _update_padded(self, key_states, value_states):
         for row, (_, slot, seen, _) in enumerate(self.cursor.T.tolist()):

@@ -12,12 +12,12 @@ from operator import is_
 from typing import NamedTuple
 
 import torch
-from torch.utils._pytree import tree_map
 from transformers.cache_utils import CacheLayerMixin
 
 from . import ops
 from .config import CrossConfig
 from .homes import apart
+from .views import Onlookers, View
 
 ROOM = 128  # a home has room for a multiple of so many frames, that audios trimmed to other lengths may follow in it
 
@@ -200,35 +200,6 @@ class CrossHome:
             self.of_layer = list(zip(matrices[::2], matrices[1::2]))
 
 
-class OnDemand:
-    """Keys or values [rows, heads, frames, head_dim] that nobody holds: made when they are looked at, and of one row
-    alone where that is asked for, since generate() takes short audio's caches apart row by row."""
-
-    def __init__(self, of_audios, owner):
-        self._of_audios, self._owner = of_audios, owner
-
-    def __getitem__(self, index):
-        if isinstance(index, int):
-            return self._of_audios(self._owner[[index]])[0]
-        return self._whole()[index]
-
-    def __len__(self):
-        return len(self._owner)
-
-    def __getattr__(self, name):
-        if name.startswith("__"):
-            raise AttributeError(name)
-        return getattr(self._whole(), name)
-
-    @classmethod
-    def __torch_function__(cls, function, types, args=(), kwargs=None):
-        args, kwargs = tree_map(lambda x: x._whole() if isinstance(x, cls) else x, (args, kwargs or {}))
-        return function(*args, **kwargs)
-
-    def _whole(self):
-        return self._of_audios(self._owner)
-
-
 class CrossCacheLayer(CacheLayerMixin):
     """One decoder layer's view of the audios.
 
@@ -243,12 +214,13 @@ class CrossCacheLayer(CacheLayerMixin):
     supports_early_init = False
     max_cache_len = 0  # so generate() in transformers 5.10 never keeps a static cache with our layers for its next call
 
-    def __init__(self, config, audios, owner, index=0):
+    def __init__(self, config, audios, owner, index=0, views=None):
         self.config, self.index, self.home = config, index, None
         self.audios, self.owner = audios, owner
         self.keys_of_audios = self.values_of_audios = None
         self.attention = None  # a weak reference to the layer's attention, whose projections may be asked for
         self.is_initialized = False
+        self.views = views or Onlookers()
 
     def __getstate__(self):
         return {**vars(self), "attention": None, "home": None, "owner": apart(self.owner)}
@@ -326,6 +298,7 @@ class CrossCacheLayer(CacheLayerMixin):
     max_batch_size = batch_size
 
     def reset(self):
+        self.views.dismiss()
         self.keys_of_audios = self.values_of_audios = None
         self.is_initialized = False
 
@@ -334,14 +307,17 @@ class CrossCacheLayer(CacheLayerMixin):
 
     def reorder_cache(self, beam_idx):
         if self.home is not None and self.owner is self.home.owner and len(beam_idx) == len(self.owner):
+            self.views.dismiss()
             self.home.reorder_owner(self.index, beam_idx)
         else:
             self.batch_select_indices(beam_idx)
 
     def batch_select_indices(self, indices):
+        self.views.dismiss()
         self.owner = self.owner[indices.to(self.owner.device)]
 
     def batch_repeat_interleave(self, repeats):
+        self.views.dismiss()
         self.owner = self.owner.repeat_interleave(repeats)
 
     def offload(self):
@@ -352,11 +328,28 @@ class CrossCacheLayer(CacheLayerMixin):
     @property
     def keys(self):
         """[rows, heads, frames, head_dim], of the frames that are kept."""
-        return self._shown(self.keys_of_audios, "k_proj")
+        return self._view(0)
 
     @property
     def values(self):
-        return self._shown(self.values_of_audios, "v_proj")
+        return self._view(1)
+
+    # What views.py calls
+
+    def floats(self, part, rows, frames):
+        audios = self.owner[torch.tensor(rows, device=self.owner.device)]
+        matrix, group = (self.keys_of_audios, self.values_of_audios)[part], self.config.group
+        if not self.config.is_latent:
+            return matrix.floats(frames, self.head_dim, group, self.dtype, audios)
+        attention = self.attention and self.attention()
+        if attention is None:
+            raise RuntimeError(
+                f'CrossConfig(format="{self.config.format}") holds no keys and values, but the encoder\'s output, '
+                "and the model that makes them of it is gone"
+            )
+        states = matrix.floats(frames, self.heads * self.head_dim, group, self.dtype, audios)[:, 0]
+        project = (attention.k_proj, attention.v_proj)[part]
+        return project(states).unflatten(-1, (self.heads, self.head_dim)).transpose(1, 2)
 
     # What graphs.py calls
 
@@ -378,24 +371,10 @@ class CrossCacheLayer(CacheLayerMixin):
 
     # How it works
 
-    def _shown(self, matrix, projection):
-        if matrix is None:
+    def _view(self, part):
+        if not self.is_initialized:
             return None
-        frames, group = self.audios.frames, self.config.group
-
-        def of_audios(audios):
-            if not self.config.is_latent:
-                return matrix.floats(frames, self.head_dim, group, self.dtype, audios)
-            attention = self.attention and self.attention()
-            if attention is None:
-                raise RuntimeError(
-                    f'CrossConfig(format="{self.config.format}") holds no keys and values, but the encoder\'s output, '
-                    "and the model that makes them of it is gone"
-                )
-            states = matrix.floats(frames, self.heads * self.head_dim, group, self.dtype, audios)[:, 0]
-            return getattr(attention, projection)(states).unflatten(-1, (self.heads, self.head_dim)).transpose(1, 2)
-
-        return OnDemand(of_audios, apart(self.owner))
+        return View(self, part, tuple(range(len(self.owner))), self.audios.frames)
 
     def _run(self, query, want_weights):
         keys, values, audios = self.keys_of_audios, self.values_of_audios, self.audios
