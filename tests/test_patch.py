@@ -10,7 +10,7 @@ import torch
 from transformers import WhisperForAudioClassification, WhisperForConditionalGeneration
 from transformers.models.whisper.modeling_whisper import WhisperAttention
 
-from whisperkv import EvictionConfig, ops, patch, patching, stats, unpatch
+from whisperkv import CrossConfig, EvictionConfig, ops, patch, patching, stats, unpatch
 from whisperkv.attention import SelfAttention, self_cache_layer
 from whisperkv.records import Stats
 
@@ -227,20 +227,88 @@ def test_other_models(small):
                 call(thing)
 
 
+@pytest.mark.parametrize(
+    "thing, way_out",
+    [
+        (lambda model: (model, "processor"), r"it is the first of this tuple: patch\(model\)"),
+        (lambda model: model.model.encoder, "a WhisperEncoder alone: pass the model that it is part of"),
+        (lambda model: model.get_decoder(), "a WhisperDecoder alone: pass the model that it is part of"),
+        (lambda model: type(model), "a class, and not a model made from it"),
+        (lambda model: "whisper-tiny", r"load it first, WhisperForConditionalGeneration.from_pretrained\('whisper-tiny'\)"),
+    ],
+)
+def test_what_is_nearly_a_model(small, thing, way_out):
+    for call in (patch, unpatch, stats):
+        with pytest.raises(TypeError, match=way_out):
+            call(thing(small))
+
+
 def test_bad_settings_leave_the_model_alone(small, audio):
     want = generate(patch(small, EVICTION), audio)
-    for bad in ("heavy_hitter", 96, {"recent": 3}, EvictionConfig):
-        with pytest.raises(ValueError, match="eviction must be an EvictionConfig or None; got"):
+    for bad in ("heavy_hitter", 96, {"recent": 3}, EvictionConfig, True):
+        with pytest.raises(TypeError, match=r"eviction must be an EvictionConfig, .*EvictionConfig\(recent=64.*; got"):
             patch(small, bad)
+        with pytest.raises(TypeError, match=r"cross must be a CrossConfig, .*CrossConfig\(format='int8'.*; got"):
+            patch(small, cross=bad)
+    with pytest.raises(TypeError, match=r"eviction must be .*got CrossConfig\(.*: pass it as cross="):
+        patch(small, CrossConfig())
+    with pytest.raises(TypeError, match=r"cross must be .*got EvictionConfig\(.*: pass it as eviction="):
+        patch(small, cross=EVICTION)
     assert torch.equal(generate(small, audio), want)
 
 
-def test_dtype_and_device(small):
-    with pytest.raises(ValueError, match="float64"):
-        patch(small.double())
+def test_the_largest_settings(small, audio):
+    want = generate(small, audio)
+    most = 2**31 - 1
+    for eviction in (EvictionConfig(recent=most, heavy=0), EvictionConfig(recent=2, heavy=most - 2)):
+        assert torch.equal(generate(patch(small, eviction), audio), want)
+    want = generate(patch(small, cross=CrossConfig("int8", group=256)), audio)
+    assert torch.equal(generate(patch(small, cross=CrossConfig("int8", group=2**31 - 256)), audio), want)
+
+
+@pytest.mark.parametrize("cross", [CrossConfig(), CrossConfig("latent_int4", "padding")])
+def test_float64_is_left_to_transformers(small, audio, cross):
+    small.double()
+    want = generate(small, audio.double())
+    assert torch.equal(generate(patch(small, EVICTION, cross), audio.double()), want)
+    assert "left to transformers: the model is in float64 (whisperkv takes float32, bfloat16," in stats(small).note
+    generate(small.float(), audio)
+    assert stats(small).evicted > 0 and stats(small).note == ""
+
+
+def test_device(small):
     with pytest.raises(ValueError, match="meta"):
-        patch(small.float().to("meta"))
+        patch(small.to("meta"))
     assert type(small.model.decoder.layers[0].self_attn) is WhisperAttention
+
+
+@pytest.mark.parametrize("wrapper", ["DistributedDataParallel", "DataParallel"])
+def test_data_parallel(small, audio, tmp_path, wrapper):
+    """The model in a wrapper for several devices, which decodes as its `module`."""
+    want = generate(small, audio)
+    import torch.distributed as dist
+
+    if not dist.is_gloo_available():
+        pytest.skip("this torch comes without gloo")
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'group'}", rank=0, world_size=1)
+    try:
+        wrapped = getattr(torch.nn.parallel, wrapper)(small)
+        assert patch(wrapped, EVICTION) is wrapped
+        assert stats(wrapped) == Stats()
+        generate(wrapped.module, audio)
+        assert stats(wrapped).evicted > 0
+        assert torch.equal(generate(patch(wrapped).module, audio), want)
+        ids = torch.randint(4, 200, (3, 6))
+        with torch.no_grad():
+            ours = wrapped(audio, decoder_input_ids=ids).logits
+            assert stats(wrapped).tokens == 6 and stats(wrapped).note == ""
+            theirs = unpatch(wrapped)(audio, decoder_input_ids=ids).logits
+            torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+        assert type(small.model.decoder.layers[0].self_attn) is WhisperAttention
+        patch(torch.compile(wrapped))
+        assert type(small.model.decoder.layers[0].self_attn) is SelfAttention
+    finally:
+        dist.destroy_process_group()
 
 
 @pytest.mark.parametrize("has_kernels", [False, True])
@@ -251,13 +319,6 @@ def test_cuda(monkeypatch, has_kernels):
     monkeypatch.setattr(ops, "CUDA_REASON", "no nvcc")
     with nullcontext() if has_kernels else pytest.raises(ValueError, match=r"cuda:1.*\(no nvcc\).*model.to\('cpu'\)"):
         patching._check_tensors(decoder)
-
-
-def test_a_model_moved_after_patching(small, audio):
-    patch(small)
-    with pytest.raises(ValueError, match="float64"):
-        generate(small.double(), audio.double())
-    assert generate(small.float(), audio).shape == (3, 41)
 
 
 def test_an_unknown_attention(small):

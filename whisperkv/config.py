@@ -1,15 +1,31 @@
 """What the user chooses. Checked here, before any model is touched."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from numbers import Integral, Real
+from typing import Any
 
 from ._numpy import POLICIES
 
+MOST = 2**31 - 1  # the kernels count in 32 bits
+
 
 class _Config:
+    _HINT = ""
+
+    def __new__(cls, *args: Any, **given: Any):
+        names = [field.name for field in fields(cls)]
+        for name in given:
+            if name not in names:
+                raise TypeError(f"{cls.__name__} has no {name!r}, it takes {', '.join(names)}{cls._HINT}")
+        return super().__new__(cls)
+
     def _refuse(self, field, allowed):
         raise ValueError(f"{type(self).__name__}.{field} must be {allowed}; got {getattr(self, field)!r}")
+
+    def _is_whole(self, field, least):
+        value = getattr(self, field)
+        return not isinstance(value, bool) and isinstance(value, Integral) and least <= value <= MOST
 
 
 @dataclass(frozen=True)
@@ -28,20 +44,23 @@ class EvictionConfig(_Config):
     pin_prompt  keep the start tokens and the prompt whatever their score. They take their slots out of the budget.
     """
 
-    policy: str | Callable = "heavy_hitter"
+    policy: str | Callable[..., Any] = "heavy_hitter"
     recent: int = 64
     heavy: int = 32
     decay: float = 0.95
     pin_prompt: bool = True
 
-    def __post_init__(self):
+    _HINT = ": recent + heavy are the budget"
+
+    def __post_init__(self) -> None:
         names = [name for name, *_ in POLICIES]
         if self.policy not in names and not callable(self.policy):
             self._refuse("policy", f"one of {', '.join(map(repr, names))}, or a function")
         for field, least in (("recent", 1), ("heavy", 0)):
-            value = getattr(self, field)
-            if isinstance(value, bool) or not isinstance(value, Integral) or value < least:
-                self._refuse(field, f"a whole number of tokens, {least} or more")
+            if not self._is_whole(field, least):
+                self._refuse(field, f"a whole number of tokens, {least} or more and up to {MOST}")
+        if self.budget > MOST:
+            self._refuse("heavy", f"{MOST - int(self.recent)} or less, as recent + heavy go up to {MOST}")
         if isinstance(self.decay, bool) or not isinstance(self.decay, Real) or not 0 < self.decay <= 1:
             self._refuse("decay", "a number above 0 and up to 1")
         if not isinstance(self.pin_prompt, bool):
@@ -50,9 +69,9 @@ class EvictionConfig(_Config):
     @property
     def budget(self) -> int:
         """Slots a sequence takes at most."""
-        return self.recent + self.heavy
+        return int(self.recent) + int(self.heavy)
 
-    def check_prompt(self, tokens):
+    def check_prompt(self, tokens: int) -> None:
         """Raise if a prompt of so many tokens is pinned and leaves no slot for the transcript."""
         if self.pin_prompt and tokens >= self.budget:
             raise ValueError(
@@ -88,21 +107,15 @@ class CrossConfig(_Config):
     share_beams: bool = True
     group: int = 256
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.format not in tuple(FORMATS):  # a list, say, is not hashable
             self._refuse("format", f"one of {', '.join(map(repr, FORMATS))}")
         if self.trim not in TRIMS:
             self._refuse("trim", f"one of {', '.join(map(repr, TRIMS))}")
         if not isinstance(self.share_beams, bool):
             self._refuse("share_beams", "True or False")
-        group = self.group
-        if (
-            isinstance(group, bool)
-            or not isinstance(group, Integral)
-            or group not in (16, 32, 64, 128)
-            and (group < 1 or group % 256)
-        ):
-            self._refuse("group", "16, 32, 64, 128 or a multiple of 256 frames")
+        if not self._is_whole("group", 16) or self.group not in (16, 32, 64, 128) and self.group % 256:
+            self._refuse("group", f"16, 32, 64, 128 or a multiple of 256 frames, up to {MOST}")
 
     @property
     def is_latent(self) -> bool:

@@ -3,6 +3,7 @@
 import sys
 
 import torch
+from torch.nn.parallel import DataParallel, DistributedDataParallel
 from transformers import WhisperForCausalLM, WhisperForConditionalGeneration, WhisperModel
 from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache
 from transformers.models.whisper.modeling_whisper import WhisperAttention, WhisperDecoder, WhisperEncoder
@@ -25,8 +26,8 @@ _DECODER_ARGUMENTS = ("input_ids", "attention_mask", "encoder_hidden_states", "p
 def patch(model, eviction: EvictionConfig | None = None, cross: CrossConfig | None = None, graphs: bool = True):
     """Make a Whisper decode through whisperkv, and return it.
 
-    model     a WhisperForConditionalGeneration, WhisperModel or WhisperForCausalLM, or a pipeline, PEFT model or
-              torch.compile wrapper around one
+    model     a WhisperForConditionalGeneration, WhisperModel or WhisperForCausalLM, or a pipeline, PEFT model,
+              torch.compile or (Distributed)DataParallel wrapper around one
     eviction  which tokens the self-attention cache keeps; None keeps all, and the tokens come out as before
     cross     how the cross-attention cache holds an audio; None is CrossConfig(), which is lossless too
     graphs    on CUDA, capture a decode step of each shape once and replay it. What cannot be captured (hooks, adapters,
@@ -38,9 +39,12 @@ def patch(model, eviction: EvictionConfig | None = None, cross: CrossConfig | No
     whisper = _whisper(model)
     decoder = _decoder(whisper)
     if eviction is not None and not isinstance(eviction, EvictionConfig):
-        raise ValueError(f"eviction must be an EvictionConfig or None; got {eviction!r}")
+        hint = ": pass it as cross=" if isinstance(eviction, CrossConfig) else ""
+        known = "an EvictionConfig, as EvictionConfig(recent=64, heavy=32), or None"
+        raise TypeError(f"eviction must be {known}; got {eviction!r}{hint}")
     if cross is not None and not isinstance(cross, CrossConfig):
-        raise ValueError(f"cross must be a CrossConfig or None; got {cross!r}")
+        hint = ": pass it as eviction=" if isinstance(cross, EvictionConfig) else ""
+        raise TypeError(f"cross must be a CrossConfig, as CrossConfig(format='int8'), or None; got {cross!r}{hint}")
     if not isinstance(graphs, bool):
         raise ValueError(f"graphs must be True or False; got {graphs!r}")
     cross = cross or CrossConfig()
@@ -141,6 +145,8 @@ class CacheAdoption:
             self.note = "left to transformers: the model is in training mode (call model.eval())"
         elif torch.is_grad_enabled() and _needs_grad(decoder, given):
             self.note = "left to transformers: gradients are on (decode under torch.no_grad())"
+        elif (dtype := decoder.embed_tokens.weight.dtype) not in _DTYPES:
+            self.note = f"left to transformers: the model is in {_name(dtype)} (whisperkv takes {_name(*_DTYPES)})"
         if self.note:
             return None
         _check_tensors(decoder)
@@ -223,19 +229,28 @@ def _needs_grad(decoder, given):
 
 
 def _whisper(model):
-    """The Whisper inside a pipeline, a PEFT model or a compiled one."""
+    """The Whisper inside a pipeline, a PEFT model, a compiled one or one for several devices."""
     whisper = model
-    for wrapped in ("model", "_orig_mod"):  # a pipeline's, a compiled model's
-        if not isinstance(whisper, _MODELS) and not hasattr(whisper, "get_base_model"):
-            whisper = getattr(whisper, wrapped, whisper)
-    if not isinstance(whisper, _MODELS) and hasattr(whisper, "get_base_model"):
-        whisper = whisper.get_base_model()
-    if not isinstance(whisper, _MODELS):
-        known = ", ".join(kind.__name__ for kind in _MODELS)
-        raise TypeError(
-            f"whisperkv patches {known}, or a pipeline or PEFT model around one; got {type(model).__name__}"
-        )
-    return whisper
+    for _ in range(5):  # wrappers at most
+        if isinstance(whisper, _MODELS):
+            return whisper
+        if hasattr(whisper, "get_base_model"):
+            whisper = whisper.get_base_model()
+        elif isinstance(whisper, (DataParallel, DistributedDataParallel)):
+            whisper = whisper.module
+        else:  # a compiled model's, a pipeline's
+            whisper = getattr(whisper, "_orig_mod", getattr(whisper, "model", whisper))
+    kind, hint = type(model).__name__, ""
+    if isinstance(model, (tuple, list)) and model and isinstance(model[0], torch.nn.Module):
+        hint = f": it is the first of this {kind}: patch(model)"
+    elif isinstance(model, (WhisperEncoder, WhisperDecoder)):
+        hint = f", a {kind} alone: pass the model that it is part of"
+    elif isinstance(model, str):
+        hint = f": load it first, WhisperForConditionalGeneration.from_pretrained({model!r})"
+    elif isinstance(model, type):
+        hint = ", a class, and not a model made from it"
+    known = ", ".join(kind.__name__ for kind in _MODELS)
+    raise TypeError(f"whisperkv patches {known}, or a pipeline or PEFT model around one; got {kind}{hint}")
 
 
 def _decoder(whisper):
@@ -279,9 +294,10 @@ def _check_tensors(decoder):
             f"the model is on {weight.device}, and whisperkv has no CUDA kernels here ({ops.CUDA_REASON}): "
             "move it with model.to('cpu')"
         )
-    if weight.dtype not in _DTYPES:
-        known = ", ".join(str(dtype).removeprefix("torch.") for dtype in _DTYPES)
-        raise ValueError(f"the model is in {str(weight.dtype).removeprefix('torch.')}: whisperkv takes {known}")
+
+
+def _name(*dtypes):
+    return ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
 
 
 def _check_projections(decoder, cross):
