@@ -695,18 +695,3 @@ def test_gradients_are_left_to_transformers(small, audio, format):
         loss.backward()
         losses.append([loss.detach(), *(p.grad.clone() for p in small.parameters() if p.grad is not None)])
     assert all(torch.equal(a, b) for a, b in zip(*losses, strict=True))
-
-
-@every_format
-def test_gradients_through_our_cache_are_refused(small, states, format):
-    patch(small, cross=CrossConfig(format))
-    past = run(small, states, ids()).past_key_values
-    with pytest.raises(RuntimeError, match="torch.no_grad"):
-        small(encoder_outputs=(states,), decoder_input_ids=ids(3, 1), past_key_values=past)
-
-
-@pytest.mark.parametrize("format", ["latent", "latent_int4"])
-def test_compiled(small, short_audio, format):
-    want = generate(patch(small, cross=CrossConfig(format, "padding")), short_audio, max_new_tokens=8)
-    small.forward = torch.compile(small.forward, backend="eager")  # what matters here is that it can be traced
-    assert torch.equal(generate(small, short_audio, max_new_tokens=8), want)

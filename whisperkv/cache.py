@@ -95,8 +95,9 @@ class SelfCacheLayer(CacheLayerMixin):
     def attend(self, query, key, value, scale, want_weights=False):
         """New tokens [rows, tokens, heads, head_dim] enter and attend: output of the same shape, and the weights
         over the slots [rows, heads, tokens, slots] if they are wanted or the policy needs them."""
-        tokens = query.shape[1]
+        tokens, dtype = query.shape[1], query.dtype
         self._make_room(key.transpose(1, 2), tokens)
+        query, key, value = (tensor.to(self.dtype) for tensor in (query, key, value))  # autocast may come and go
         output, weights = ops.compact_attention(
             query,
             key,
@@ -115,7 +116,7 @@ class SelfCacheLayer(CacheLayerMixin):
         self.count(tokens)
         if self.is_ranked and tokens == 1 and self.live == self.budget:
             self._choose()
-        return output, weights
+        return output.to(dtype), weights
 
     def make_room(self, tokens):
         """Make the slots of the next tokens ready. Several are attended in full: a pass over a prompt, or one that
@@ -153,7 +154,7 @@ class SelfCacheLayer(CacheLayerMixin):
         self.count(tokens)
         if start == 0:
             return key_states, value_states
-        return self.key_slots[:, :, : self.live], self.value_slots[:, :, : self.live]
+        return tuple(slots[:, :, : self.live].to(key_states.dtype) for slots in (self.key_slots, self.value_slots))
 
     @property
     def is_ranked(self):

@@ -1,8 +1,10 @@
 """Where the transformers versions that we support differ."""
 
 import inspect
+import sys
 
-from transformers.cache_utils import DynamicLayer
+import torch
+from transformers.cache_utils import DynamicLayer, EncoderDecoderCache
 
 # crop() took the length to keep (or, negative, the number to remove) and takes the negative number to remove since.
 _CROP_TAKES_LENGTH = "max_length" in inspect.signature(DynamicLayer.crop).parameters
@@ -28,3 +30,25 @@ def record_outputs_as(kind, original):
     except ImportError:  # a transformers that does without
         return
     dict.__setitem__(_CAN_RECORD_REGISTRY, str(kind), original._can_record_outputs)
+
+
+def who_traces(cache):
+    """Why a decode over this fresh cache will be traced, and so be left as a tracer knows it; "" if it will not.
+
+    With a static cache, generate() settles before the first pass whether it compiles the later ones; transformers'
+    exporters decode once to see what a cache looks like. Both are seen in the frames that called us.
+    """
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return "the model is being compiled or exported (patch() speeds up the model as it is; unpatch() before an export)"
+    cache = cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
+    is_static = cache is not None and cache.is_compileable and type(cache).__name__ == "StaticCache"
+    frame = sys._getframe(1)
+    while frame is not None:
+        if frame.f_globals.get("__name__", "").startswith("transformers.exporters"):
+            return "transformers' exporters decode it to see its cache (unpatch() before an export)"
+        if is_static and frame.f_code.co_name in ("_sample", "_prefill"):
+            forward = frame.f_locals.get("model_forward")
+            if forward is not None and forward != frame.f_locals["self"].__call__:
+                return "generate() compiles the steps over a static cache (leave out cache_implementation)"
+        frame = frame.f_back
+    return ""

@@ -7,6 +7,7 @@ E itself: the query times Wk before, Wv and bv after the weighted sum.
 
 import warnings
 import weakref
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from operator import is_
 from typing import NamedTuple
@@ -20,6 +21,10 @@ from .homes import apart
 from .views import Onlookers, View
 
 ROOM = 128  # a home has room for a multiple of so many frames, that audios trimmed to other lengths may follow in it
+
+
+def _is_autocast(device):
+    return torch.is_autocast_enabled(device.type)
 
 
 def owners_of(states, share):
@@ -246,6 +251,8 @@ class CrossCacheLayer(CacheLayerMixin):
                 for part, project in enumerate((attention.k_proj, attention.v_proj))
             )
             audios.filled([self.keys_of_audios, self.values_of_audios])
+            if not config.bits:
+                self.dtype = self.keys_of_audios.data.dtype  # that of the projections, under autocast
         self.is_initialized = True
 
     def attend(self, query, attention, want_weights):
@@ -263,11 +270,13 @@ class CrossCacheLayer(CacheLayerMixin):
                 'of a quantized cache, not exact; format="model" or "latent" gives exact ones',
                 stacklevel=2,
             )
+        dtype, query = query.dtype, query.to(self.dtype)  # autocast may be on at one pass and off at the next
         if self.config.is_latent:
-            output, weights = self._attend_latent(query, attention, want_weights)
+            with torch.autocast(self.device.type, enabled=False) if _is_autocast(self.device) else nullcontext():
+                output, weights = self._attend_latent(query, attention, want_weights)
         else:
             output, weights = self._run(query, want_weights)
-        return output, self._all_frames(weights) if want_weights else None
+        return output.to(dtype), self._all_frames(weights) if want_weights else None
 
     # What transformers calls
 
@@ -386,12 +395,13 @@ class CrossCacheLayer(CacheLayerMixin):
     def _attend_latent(self, query, attention, want_weights):
         rows, tokens, heads, head_dim = query.shape
         width = heads * head_dim
+        key_weight, value_weight = attention.k_proj.weight, attention.v_proj.weight
         by_head = query.reshape(-1, heads, head_dim).transpose(0, 1)  # [heads, rows * tokens, head_dim]
-        folded = by_head @ attention.k_proj.weight.view(heads, head_dim, width)
+        folded = (by_head.to(key_weight.dtype) @ key_weight.view(heads, head_dim, width)).to(query.dtype)
         folded = folded.transpose(0, 1).contiguous().view(rows, tokens * heads, 1, width)
         mixed, weights = self._run(folded, want_weights)
-        mixed = mixed.view(-1, heads, width).transpose(0, 1)
-        output = mixed @ attention.v_proj.weight.view(heads, head_dim, width).transpose(1, 2)
+        mixed = mixed.view(-1, heads, width).transpose(0, 1).to(value_weight.dtype)
+        output = mixed @ value_weight.view(heads, head_dim, width).transpose(1, 2)
         output = output.transpose(0, 1).reshape(query.shape)
         if attention.v_proj.bias is not None:
             output += attention.v_proj.bias.view(heads, head_dim)

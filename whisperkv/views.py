@@ -178,5 +178,6 @@ def layers_behind(cache, kind):
 def plain_layer(layer):
     """A layer of transformers' own that holds what ours does."""
     plain = DynamicLayer()
-    plain.update(layer.keys.floats(), layer.values.floats())
+    with torch.no_grad():  # as when they entered
+        plain.update(layer.keys.floats(), layer.values.floats())
     return plain
