@@ -10,7 +10,7 @@ import torch
 from transformers import WhisperForAudioClassification, WhisperForConditionalGeneration
 from transformers.models.whisper.modeling_whisper import WhisperAttention
 
-from whisperkv import CrossConfig, EvictionConfig, ops, patch, patching, stats, unpatch
+from whisperkv import CrossConfig, EvictionConfig, adoption, ops, patch, stats, unpatch
 from whisperkv.attention import SelfAttention, self_cache_layer
 from whisperkv.records import Stats
 
@@ -318,7 +318,7 @@ def test_cuda(monkeypatch, has_kernels):
     monkeypatch.setattr(ops, "CUDA", has_kernels)
     monkeypatch.setattr(ops, "CUDA_REASON", "no nvcc")
     with nullcontext() if has_kernels else pytest.raises(ValueError, match=r"cuda:1.*\(no nvcc\).*model.to\('cpu'\)"):
-        patching._check_tensors(decoder)
+        adoption.check_device(decoder)
 
 
 def test_an_unknown_attention(small):

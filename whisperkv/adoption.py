@@ -241,7 +241,7 @@ def _is_spread(decoder):
 def device_of(decoder):
     """Where it computes: offloaded weights are elsewhere between two passes."""
     weight = decoder.embed_tokens.weight
-    return (_hook_device(decoder.embed_tokens) or torch.device("cpu")) if weight.is_meta else weight.device
+    return (weight.is_meta and _hook_device(decoder.embed_tokens)) or weight.device
 
 
 def check_device(decoder):
