@@ -11,7 +11,7 @@ from transformers.cache_utils import CacheLayerMixin
 
 from . import ops
 from .compat import tokens_to_remove
-from .homes import apart
+from .graph_memory import apart
 
 LIVE, SLOT, SEEN, PINNED = range(4)  # rows of the cursor, as in whisperkv.h
 _POLICY = {name: number for number, (name, *_) in enumerate(ops.POLICIES)}
@@ -29,6 +29,15 @@ def slots_for(tokens, eviction, limit):
 def _gathered(slots, order):
     """Slots [rows, heads, slots, head_dim] in the order [rows, kept]."""
     return slots.gather(2, order[:, None, :, None].expand(-1, slots.shape[1], -1, slots.shape[3]))
+
+
+def advance(cursor, tokens, is_padded):
+    """Without eviction every token takes the next slot. Cursors [..., 4, rows] of any number of layers."""
+    if not is_padded:
+        cursor[..., :PINNED, :].add_(tokens)  # live, slot and seen are the same number
+        return
+    seen = cursor[..., SEEN, :].add_(tokens)
+    cursor[..., LIVE, :] = cursor[..., SLOT, :] = seen.clamp(min=0)
 
 
 class SpareBuffer:
@@ -277,6 +286,12 @@ class SelfCacheLayer(CacheLayerMixin):
         return self.key_slots, self.value_slots, self.cursor, self.positions, self.scores
 
     @property
+    def joined(self):
+        """Weight and bias of the query's, key's and value's projections in one, in a captured step that has them."""
+        joined = self.home and self.home.joined
+        return joined and joined.of_layer[self.index]
+
+    @property
     def is_home(self):
         """Whether all buffers are where graphs expect them: what changes their shape leaves with a new buffer."""
         return self.home is not None and all(map(is_, self.buffers, self.home.of_layer[self.index]))
@@ -347,12 +362,8 @@ class SelfCacheLayer(CacheLayerMixin):
                 self.positions, self.scores = resized(self.positions, 1), resized(self.scores, 1)
 
     def _advance(self, tokens):
-        """Without eviction every token takes the next slot."""
-        if self.padding is None:
-            self.cursor[:PINNED].add_(tokens)  # live, slot and seen are the same number
-        else:
-            self.cursor[SEEN] += tokens
-            self.cursor[LIVE] = self.cursor[SLOT] = self.cursor[SEEN].clamp(min=0)
+        if self.home is None or not self.home.captures:
+            advance(self.cursor, tokens, self.padding is not None)
 
     def _evict(self, weights, tokens):
         eviction = self.eviction

@@ -188,8 +188,9 @@ class CacheAdoption:
                 self.note = "not trimmed: this encoder output was not made by the patched model's own encoder"
         audios = Audios.gather(states, owners, keep, record.layers, record)
         record.audios, record.frames_kept = len(audios), int(audios.lengths.sum())
-        if is_captured:
-            audios.move_to(self.graphs.home_of(audios, self.cross))
+        home = self.graphs.home_of(audios, self.cross) if is_captured else None
+        if home is not None:
+            audios.move_to(home)
         cache.cross_attention_cache.layers = [
             CrossCacheLayer(self.cross, audios, owners, index) for index in range(record.layers)
         ]

@@ -118,20 +118,27 @@ class SelfHome:
     """Where the buffers of all layers are while graphs are replayed over them.
 
     of_layer  for each layer its keys, values, cursor, positions and scores
+    cursors   those of all layers, int32 [layers, 4, rows]
     state     what a step changes beside the slots that it writes
     owner     of the cross-attention cache
     ids, places, hidden  tokens of a step, their positions, and what comes out
+    replay    the graph of the last step with what it takes for granted, see graphs.py
+    captures  whether a step is being captured: the cursors of all layers are then moved at its end, by one op
+    joined    projections that it uses in the place of each layer's own three, see snapshot.py
     """
+
+    replay = joined = None
+    captures = False
 
     def __init__(self, lease):
         self.lease, self.key = lease, lease.key
-        for name in ("owner", "ids", "places", "hidden"):
+        for name in ("cursors", "owner", "ids", "places", "hidden"):
             setattr(self, name, lease.tensors[name])
-        self._slots, self._cursors = lease.tensors["slots"], lease.tensors["cursors"]
+        self._slots = lease.tensors["slots"]
         self._scored = [lease.tensors[name] for name in ("positions", "scores") if name in lease.tensors]
-        self.state = [self._cursors, *self._scored]
+        self.state = [self.cursors, *self._scored]
         nothing = [[None] * len(self._slots)] * 2
-        self.of_layer = list(zip(*self._slots.unbind(1), self._cursors, *(self._scored or nothing)))
+        self.of_layer = list(zip(*self._slots.unbind(1), self.cursors, *(self._scored or nothing)))
         self._slots_moved, self._owner_moved = _Sweep(), _Sweep()
 
     def reorder_slots(self, layer, rows):
@@ -140,7 +147,7 @@ class SelfHome:
         rows = rows.to(self._slots.device)
         for slots in self._slots.split(max(SPARE // self._slots[0].nbytes, 1)):
             slots.copy_(slots.index_select(2, rows))
-        self._cursors.copy_(self._cursors.index_select(2, rows))
+        self.cursors.copy_(self.cursors.index_select(2, rows))
         for tensor in self._scored:
             tensor.copy_(tensor.index_select(1, rows))
 
