@@ -4,6 +4,7 @@ import argparse
 import json
 import os
 import platform
+import subprocess
 from pathlib import Path
 
 import torch
@@ -72,7 +73,17 @@ def gpu():
         "gpu_memory": about.total_memory,
         "capability": f"{about.major}.{about.minor}",
         "cuda": torch.version.cuda,
+        "driver": driver(),
     }
+
+
+def driver():
+    """The version of NVIDIA's driver, or None."""
+    try:
+        asked = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+        return subprocess.run(asked, capture_output=True, text=True, check=True).stdout.split()[0]
+    except (OSError, subprocess.CalledProcessError, IndexError):
+        return None
 
 
 class Table:

@@ -11,15 +11,12 @@ import pytest
 import reference
 import torch
 from conftest import DEVICE
+from drawn import given, settings, st
 from reference import LIVE, PINNED, SEEN, SLOT
 from torch._subclasses import FakeTensorMode
 from torch.utils._pytree import tree_map_only
 
 from whisperkv import ops
-
-pytest.importorskip("hypothesis")
-from hypothesis import given, settings  # noqa: E402
-from hypothesis import strategies as st  # noqa: E402
 
 ON_CUDA = DEVICE == "cuda" or ops.ISA == "cuda_on_cpu"  # on fibers, see test_cuda_on_cpu.py
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import re
 from contextlib import nullcontext
 from types import SimpleNamespace
 
@@ -243,13 +244,28 @@ def test_dtype_and_device(small):
     assert type(small.model.decoder.layers[0].self_attn) is WhisperAttention
 
 
-@pytest.mark.parametrize("has_kernels", [False, True])
-def test_cuda(monkeypatch, has_kernels):
+@pytest.mark.parametrize(
+    "built, capability, probed, reason",
+    [
+        (False, (9, 0), "", "no nvcc"),
+        (True, (7, 5), "", "they need compute capability 8.0, and Tesla T4 has 7.5"),
+        (True, (8, 0), "no kernel image is available", "CUDA says of Tesla T4: no kernel image is available"),
+        (True, (8, 0), "", ""),
+    ],
+)
+def test_cuda(monkeypatch, built, capability, probed, reason):
+    """A GPU that the kernels do not run on is refused before the model is touched."""
     weight = SimpleNamespace(device=torch.device("cuda:1"), is_cuda=True, dtype=torch.float16)
     decoder = SimpleNamespace(embed_tokens=SimpleNamespace(weight=weight))
-    monkeypatch.setattr(ops, "CUDA", has_kernels)
+    monkeypatch.setattr(ops, "CUDA", built)
     monkeypatch.setattr(ops, "CUDA_REASON", "no nvcc")
-    with nullcontext() if has_kernels else pytest.raises(ValueError, match=r"cuda:1.*\(no nvcc\).*model.to\('cpu'\)"):
+    monkeypatch.setattr("whisperkv._cuda", SimpleNamespace(probe=lambda: probed), raising=False)
+    monkeypatch.setattr(torch.cuda, "device", lambda index: nullcontext())
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "Tesla T4")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capability)
+    monkeypatch.setattr(ops, "cuda_reason", ops.cuda_reason.__wrapped__)  # which remembers what it found
+    text = re.escape(f"cuda:1, and whisperkv has no CUDA kernels for it ({reason}): move it with model.to('cpu')")
+    with pytest.raises(ValueError, match=text) if reason else nullcontext():
         patching._check_tensors(decoder)
 
 

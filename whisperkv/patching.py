@@ -275,9 +275,10 @@ def _check_tensors(decoder):
     weight = decoder.embed_tokens.weight
     if weight.device.type not in ("cpu", "cuda"):
         raise ValueError(f"the model is on {weight.device}: whisperkv has kernels for cpu and cuda (model.to('cpu'))")
-    if weight.is_cuda and not ops.CUDA:
+    reason = ops.cuda_reason(weight.device.index) if weight.is_cuda else ""
+    if reason:
         raise ValueError(
-            f"the model is on {weight.device}, and whisperkv has no CUDA kernels here ({ops.CUDA_REASON}): "
+            f"the model is on {weight.device}, and whisperkv has no CUDA kernels for it ({reason}): "
             "move it with model.to('cpu')"
         )
     if weight.dtype not in _DTYPES:
