@@ -7,6 +7,7 @@ WHISPERKV_ARCHS    compute capabilities to compile for, as "80;90"; the first as
 WHISPERKV_CFLAGS, WHISPERKV_LDFLAGS  more flags
 """
 
+import hashlib
 import os
 import platform
 import shutil
@@ -97,8 +98,9 @@ class BuildExt(build_ext):
             )
             self.link(objects, lambda ext: "csrc/cpu/dispatch.c" in ext.sources)
         if HOME or CUDA == "on_cpu":
-            command = nvcc_command() if HOME else on_cpu_command()
-            sources = CUDA_KERNELS + ([CUDA_PROBE] if HOME else [])
+            command, sources = on_cpu_command(), CUDA_KERNELS
+            if HOME:
+                command, sources = nvcc_command(), [*CUDA_KERNELS, CUDA_PROBE]
             objects = [self.compile_cuda(command, source) for source in sources]
             self.link(objects, lambda ext: "csrc/bind/torch_cuda.c" in ext.sources)
         super().build_extensions()
@@ -109,7 +111,8 @@ class BuildExt(build_ext):
             ext.depends = [*ext.depends, *objects]  # else a change in a kernel would not be linked in
 
     def compile_cuda(self, command, source):
-        place = Path(self.build_temp, "cuda" if HOME else "cuda_on_cpu", source).with_suffix(".o")
+        flags = hashlib.sha1(" ".join(command).encode()).hexdigest()[:8]
+        place = Path(self.build_temp, f"cuda-{flags}", source).with_suffix(".o")
         newest = max(os.path.getmtime(file) for file in (source, "setup.py", *HEADERS, *glob("tests/cuda/*.h")))
         if self.force or not place.exists() or place.stat().st_mtime < newest:
             place.parent.mkdir(parents=True, exist_ok=True)
