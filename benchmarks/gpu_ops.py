@@ -122,7 +122,10 @@ def self_case(batch, beams, heads, like):
         keys, values = torch.randn(2, rows, heads, slots, HEAD_DIM, **like)
         query, key, value = torch.randn(3, rows, 1, heads, HEAD_DIM, **like)
         cursor = torch.tensor([[slots], [0], [slots], [0]], **integers).repeat(1, rows)  # full: slot 0 is written
-        attend = partial(ops.compact_attention, query, key, value, keys, values, cursor, HEAD_DIM**-0.5, evicts)
+        slots_of_rows = cursor.new_empty(0, 0)  # each row has its own
+        attend = partial(
+            ops.compact_attention, query, key, value, keys, values, cursor, slots_of_rows, HEAD_DIM**-0.5, evicts
+        )
         calls["compact_attention", way] = attend
         sizes["compact_attention", way] = keys.nbytes + values.nbytes
         calls["sdpa", way] = partial(sdpa, query.transpose(1, 2), keys, values)

@@ -25,13 +25,18 @@ enum wkv_cursor {
  * Token t of row r has position seen[r] + t. A negative position is padding: it enters no slot, its output and
  * weights are 0. The others are written to slot[r], slot[r] + 1, ... and each attends over the live slots up to
  * and including its own. More than one token may only append (slot == live); a single one may overwrite.
- * The cursor is read, not moved: score_evict, or the caller, moves it. */
+ * The cursor is read, not moved: score_evict, or the caller, moves it.
+ *
+ * Beams that trade places need not move their slots: slot s of row r is read where sources[r, s] says, in slot s of
+ * that row, which may not be one that this call writes. New tokens go to the row itself, whatever the table says, and
+ * are read there. The bits are those of slots that were moved. */
 struct wkv_attention {
   int64_t rows, tokens, heads, slots, head_dim;
   enum wkv_dtype dtype;              /* of query, key, value, keys, values, output */
   const void *query, *key, *value;   /* [rows, tokens, heads, head_dim] */
   void *keys, *values;               /* [rows, heads, slots, head_dim] */
   const int32_t *cursor;             /* [WKV_CURSORS, rows] */
+  const int32_t *sources;            /* [rows, slots]: the row that holds each slot; NULL: its own */
   void *output;                      /* [rows, tokens, heads, head_dim] */
   float *weights;                    /* [rows, heads, tokens, slots], dead slots 0; NULL if not wanted */
   float scale;                       /* of the query, applied in float32 */
@@ -147,6 +152,9 @@ const struct wkv_cpu_kernels *wkv_cpu_select(const char *isa, char *error, size_
 /* NULL if the cursor is sound for this call, else what is wrong, written to error. CPU pointers only. */
 const char *wkv_check_cursor(const int32_t *cursor, int64_t rows, int64_t tokens, int64_t slots, char *error,
                              size_t error_size);
+
+/* The same of the table of sources, if there is one; the cursor is sound. */
+const char *wkv_check_sources(const struct wkv_attention *, char *error, size_t error_size);
 
 /* ---- on a GPU: the whole of a problem, whose pointers are the device's, on a cudaStream_t ----
  *

@@ -20,24 +20,28 @@ def window(score, attention, key_norm, position, decay, is_new):
 POLICIES = [heavy_hitter, magnitude, window]  # the order of WKV_POLICIES
 
 
-def compact_attention(query, key, value, keys, values, cursor, scale, want_weights):
-    """query, key, value: [rows, tokens, heads, dim]; keys, values: [rows, heads, slots, dim], written in place."""
+def compact_attention(query, key, value, keys, values, cursor, sources, scale, want_weights):
+    """query, key, value: [rows, tokens, heads, dim]; keys, values: [rows, heads, slots, dim], written in place. Slot s
+    of row r is read from row sources[r, s]; of an empty table, from its own."""
     rows, tokens, heads, dim = query.shape
     slots = keys.shape[2]
     output = torch.zeros_like(query)
     weights = torch.zeros(rows, heads, tokens, slots)
     for row in range(rows):
         live, slot = int(cursor[LIVE, row]), int(cursor[SLOT, row])
+        source = sources[row].long() if sources.numel() else torch.full((slots,), row)
         for token in range(tokens):
             if int(cursor[SEEN, row]) + token < 0:
                 continue
             keys[row, :, slot] = key[row, token]
             values[row, :, slot] = value[row, token]
+            source[slot] = row
             live = max(live, slot + 1)
-            logits = torch.einsum("hd,hsd->hs", query[row, token].float() * scale, keys[row, :, :live].float())
+            its_keys, its_values = (x[source[:live], :, torch.arange(live)].float() for x in (keys, values))
+            logits = torch.einsum("hd,shd->hs", query[row, token].float() * scale, its_keys)
             weight = torch.softmax(logits, -1)
             weights[row, :, token, :live] = weight
-            output[row, token] = torch.einsum("hs,hsd->hd", weight, values[row, :, :live].float()).to(output.dtype)
+            output[row, token] = torch.einsum("hs,shd->hd", weight, its_values).to(output.dtype)
             slot += 1
     return output, weights if want_weights else torch.empty(0)
 

@@ -22,13 +22,14 @@ ON_CUDA = DEVICE == "cuda" or ops.ISA == "cuda_on_cpu"  # on fibers, see test_cu
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3 if ON_CUDA else 2e-2}
 POLICIES = [name for name, *_ in ops.POLICIES]
-ATTENTION = ("query", "key", "value", "keys", "values", "cursor", "scale", "want_weights")
+ATTENTION = ("query", "key", "value", "keys", "values", "cursor", "sources", "scale", "want_weights")
 EVICTION = ("weights", "keys", "cursor", "positions", "scores", "policy", "budget", "recent", "decay")
 
 
-def problem(rows=2, tokens=1, heads=3, slots=24, dim=64, dtype=torch.float32, padded=False, seed=0):
+def problem(rows=2, tokens=1, heads=3, slots=24, dim=64, dtype=torch.float32, padded=False, seed=0, table=False):
     """A cache in a random but possible state, and new tokens for it: all arguments of both ops by name. What is in no
-    live slot is NaN, so that whoever reads it is found out. One token may overwrite; if padded, rows begin late."""
+    live slot is NaN, so that whoever reads it is found out. One token may overwrite; if padded, rows begin late; with a
+    table, slots are in any row that has them."""
     draw = torch.Generator().manual_seed(seed)
     integer = lambda low, high: int(torch.randint(low, high + 1, (), generator=draw))  # noqa: E731
     normal = lambda *shape: torch.randn(shape, generator=draw).to(dtype)  # noqa: E731
@@ -46,11 +47,19 @@ def problem(rows=2, tokens=1, heads=3, slots=24, dim=64, dtype=torch.float32, pa
         if live:
             positions[row, :live] = torch.randperm(seen, generator=draw)[:live].int()
         scores[row, :live] = torch.rand(live, generator=draw)
+    sources = torch.empty(0, 0, dtype=torch.int32)
+    if table:
+        sources = torch.full((rows, slots), -99, dtype=torch.int32)  # where the call writes, and of dead slots: ignored
+        settled = [set(range(live)) - set(range(slot, slot + tokens)) for live, slot, *_ in cursor.T.tolist()]
+        for row in range(rows):
+            for slot in settled[row]:
+                holders = [other for other in range(rows) if slot in settled[other]]
+                sources[row, slot] = holders[integer(0, len(holders) - 1)]
     query, key, value = (normal(rows, tokens, heads, dim) for _ in range(3))
     weights = torch.rand(rows, heads, tokens, slots, generator=draw)
     return dict(
-        query=query, key=key, value=value, keys=keys, values=values, cursor=cursor, scale=dim**-0.5,
-        want_weights=True, weights=weights, positions=positions, scores=scores, policy=0,
+        query=query, key=key, value=value, keys=keys, values=values, cursor=cursor, sources=sources,
+        scale=dim**-0.5, want_weights=True, weights=weights, positions=positions, scores=scores, policy=0,
         budget=integer(min(tokens, slots), slots) if tokens == 1 else slots, recent=integer(1, 8), decay=0.9,
     )  # fmt: skip
 
@@ -101,6 +110,16 @@ def attend(given, op=ops.compact_attention):
 
 def evict(given, op=ops.score_evict):
     return run(op, [given[name] for name in EVICTION])
+
+
+def moved(given):
+    """The same cache without a table: every row has its slots itself."""
+    places = (given["sources"] >= 0).nonzero().T
+    sources, given = given["sources"], copy(given, sources=torch.empty(0, 0, dtype=torch.int32))
+    row, slot = places
+    for name in ("keys", "values"):
+        given[name][row, :, slot] = given[name][sources[row, slot].long(), :, slot]
+    return given
 
 
 def assert_same_bits(one, other):
@@ -176,6 +195,47 @@ class TestValues:
         assert ours["cursor"][SEEN].tolist() == [steps, steps - 2, steps - 5]
 
     @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+    @pytest.mark.parametrize("tokens, slots, dim", [(1, 24, 64), (1, 17, 7), (1, 530, 33), (5, 40, 64), (1, 9, 300)])
+    def test_table(self, dtype, tokens, slots, dim):
+        """Slots in any row are read as if they had been moved, to the bit, and stay where they are."""
+        given = problem(6, tokens, 2, slots, dim, dtype, seed=slots, table=True)
+        check(given)
+        one, other = copy(given), moved(given)
+        for ours, theirs in zip(attend(one), attend(other)):
+            assert_same_bits(ours, theirs)
+        assert_same_bits(one["sources"], given["sources"])
+        for row, (_, slot, *_) in enumerate(given["cursor"].T.tolist()):
+            for name in ("keys", "values"):
+                assert_same_bits(one[name][row, :, slot : slot + tokens], other[name][row, :, slot : slot + tokens])
+                given[name][row, :, slot : slot + tokens] = one[name][row, :, slot : slot + tokens]
+        assert_same_bits(one["keys"], given["keys"])
+        assert_same_bits(one["values"], given["values"])
+
+    def test_a_table_of_each_its_own(self):
+        given = problem(rows=3)
+        sources = torch.arange(3, dtype=torch.int32)[:, None].repeat(1, 24)
+        for ours, theirs in zip(attend(copy(given)), attend(copy(given, sources=sources))):
+            assert_same_bits(ours, theirs)
+
+    def test_beams(self):
+        """Beams that trade places at every token: by a table, and by moving their slots."""
+        rows, steps = 5, 12
+        ours = problem(rows, heads=2, slots=steps) | dict(sources=torch.zeros(rows, steps, dtype=torch.int32))
+        ours["cursor"].zero_()
+        theirs = copy(ours, sources=torch.empty(0, 0, dtype=torch.int32))
+        for step in range(steps):
+            ours["sources"][:, step] = torch.arange(rows)
+            for name in ("query", "key", "value"):
+                ours[name] = theirs[name] = torch.randn(rows, 1, 2, 64)
+            for one, other in zip(attend(ours), attend(theirs)):
+                assert_same_bits(one, other)
+            parents = torch.randint(rows, (rows,))
+            ours["sources"] = ours["sources"][parents]
+            theirs["keys"], theirs["values"] = theirs["keys"][parents], theirs["values"][parents]
+            for given in (ours, theirs):
+                given["cursor"][:PINNED] += 1
+
+    @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
     def test_large_logits(self, dtype):
         given = problem(slots=50, dtype=dtype) | dict(scale=30.0)
         output, weights = attend(copy(given))
@@ -205,10 +265,10 @@ class TestValues:
         evict(given)
         assert given["cursor"][:, 0].tolist() == [6, chosen, 6, pinned]
 
-    @pytest.mark.parametrize("tokens", [1, 4])
-    def test_thread_count_does_not_matter(self, tokens):
+    @pytest.mark.parametrize("tokens, table", [(1, False), (4, False), (1, True)])
+    def test_thread_count_does_not_matter(self, tokens, table):
         """And the bits are the same from run to run."""
-        given = problem(rows=7, tokens=tokens, heads=8, slots=448, seed=3)
+        given = problem(rows=7, tokens=tokens, heads=8, slots=448, seed=3, table=table)
         results = []
         before = torch.get_num_threads()
         try:
@@ -329,6 +389,11 @@ BAD_ATTENTION = [
     ("cursor", row_of_cursor(LIVE, -1), "cursor of row 0: live"),
     ("cursor", row_of_cursor(SLOT, 24), "cursor of row 0: slot"),
     ("cursor", row_of_cursor(SLOT, -1), "cursor of row 0: slot"),
+    ("sources", lambda _: torch.zeros(2, 24, dtype=torch.int64), "int32, got int64"),
+    ("sources", lambda _: torch.zeros(2, 25, dtype=torch.int32), r"\[rows=2, slots=24\], got \[2, 25\]"),
+    ("sources", lambda _: strided(torch.zeros(2, 24, dtype=torch.int32)), "sources must be contiguous"),
+    ("sources", lambda _: torch.full((2, 24), 2, dtype=torch.int32), r"of row 0, slot 0: must be one of .* got 2"),
+    ("sources", lambda _: torch.full((2, 24), -1, dtype=torch.int32), r"of row 0, slot 0: must be one of .* got -1"),
     ("scale", lambda _: float("nan"), "scale must be finite, got nan"),
     *((name, strided, f"{name} must be contiguous") for name in ATTENTION[:6]),
 ]
@@ -394,6 +459,18 @@ def test_several_tokens_may_not_overwrite():
     given["cursor"][SLOT] = 9
     with pytest.raises(RuntimeError, match="the new tokens do not fit"):
         evict(given | dict(budget=10))  # the second token should have overwritten, but was appended
+
+
+@unchecked
+def test_a_slot_that_another_row_is_writing():
+    """Which of the two comes first would be a matter of threads."""
+    given = problem(rows=2)
+    given["cursor"][:, 0], given["cursor"][:, 1] = torch.tensor([9, 9, 9, 0]), torch.tensor([9, 4, 9, 0])
+    given["sources"] = torch.arange(2, dtype=torch.int32)[:, None].repeat(1, 24)
+    attend(copy(given))
+    given["sources"][0, 4] = 1
+    with pytest.raises(RuntimeError, match="sources of row 0, slot 4: row 1 is just writing that slot"):
+        attend(given)
 
 
 @pytest.mark.parametrize("name", ATTENTION[:6])
@@ -518,6 +595,7 @@ OPCHECKS = [
     (ops.compact_attention, ATTENTION, dict()),
     (ops.compact_attention, ATTENTION, dict(want_weights=False)),
     (ops.compact_attention, ATTENTION, dict(tokens=3)),
+    (ops.compact_attention, ATTENTION, dict(table=True)),
     (ops.compact_attention, ATTENTION, dict(dtype=torch.bfloat16)),
     (ops.score_evict, EVICTION, dict()),
     (ops.score_evict, EVICTION, dict(tokens=3, dtype=torch.float16)),
@@ -526,7 +604,7 @@ OPCHECKS = [
 
 def checkable(**changes):
     """A problem without NaN, which opcheck would not find equal to itself."""
-    shape = {name: value for name, value in changes.items() if name in ("tokens", "dtype")}
+    shape = {name: value for name, value in changes.items() if name in ("tokens", "dtype", "table")}
     given = problem(**shape) | {name: value for name, value in changes.items() if name not in shape}
     return {name: v.nan_to_num() if isinstance(v, torch.Tensor) else v for name, v in given.items()}
 
@@ -582,6 +660,7 @@ def test_compile_refuses_gradients():
         (attend, "query", lambda t: t[0], r"\[rows, tokens, heads, dim\] on cpu, got torch.float32 \[1, 3, 64\]"),
         (attend, "keys", resized(3), r"with dim=64, got \[2, 3, 24, 65\]"),
         (attend, "value", torch.Tensor.half, "float32 .* got torch.float16"),
+        (attend, "sources", lambda t: t.new_empty(2, 25), r"with slots=24, got \[2, 25\]"),
         (evict, "scores", resized(1), r"with slots=24, got \[2, 25\]"),
         (evict, "positions", torch.Tensor.long, "int32 .* got torch.int64"),
     ],

@@ -66,6 +66,7 @@ class SelfCacheLayer(CacheLayerMixin):
 
     key_slots, value_slots  [rows, heads, slots, head_dim]
     cursor                  int32 [4, rows]: where each row stands, see whisperkv.h
+    sources                 int32, empty: each slot is in its own row
     positions, scores       [rows, slots] of every token, and what the policy thinks of it; with eviction only
     padding                 int [rows]: left padding of the first pass; None if no row has some
     seen                    tokens that went in, padding included: the logical length
@@ -109,6 +110,7 @@ class SelfCacheLayer(CacheLayerMixin):
             self.key_slots,
             self.value_slots,
             self.cursor,
+            self.sources,
             scale,
             want_weights or self.reads_attention,
         )
@@ -189,6 +191,7 @@ class SelfCacheLayer(CacheLayerMixin):
         self.cursor = torch.zeros(4, rows, dtype=torch.int32, device=self.device)
         if self.padding is not None:
             self.cursor[SEEN] = -self._padding()
+        self.sources = self.cursor.new_empty(0, 0)
         if self.eviction is not None:
             self.positions = torch.zeros(rows, slots, dtype=torch.int32, device=self.device)
             self.scores = torch.zeros(rows, slots, device=self.device)

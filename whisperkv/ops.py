@@ -82,6 +82,7 @@ _ATTENTION = {
     "keys": (None, "rows heads slots dim"),
     "values": (None, "rows heads slots dim"),
     "cursor": (torch.int32, "cursors rows"),
+    "sources": (torch.int32, "rows slots"),  # or empty
 }
 _EVICTION = {
     "weights": (torch.float32, "rows heads tokens slots"),
@@ -127,8 +128,9 @@ def _sizes(op, layout, *tensors):
 
 
 @torch.library.register_fake(compact_attention)
-def _(query, key, value, keys, values, cursor, scale, want_weights):
-    sizes = _sizes(compact_attention, _ATTENTION, query, key, value, keys, values, cursor)
+def _(query, key, value, keys, values, cursor, sources, scale, want_weights):
+    table = [] if 0 in sources.shape else [sources]
+    sizes = _sizes(compact_attention, _ATTENTION, query, key, value, keys, values, cursor, *table)
     weights = [sizes[side] for side in ("rows", "heads", "tokens", "slots")] if want_weights else [0]
     return query.new_empty(query.shape), query.new_empty(weights, dtype=torch.float32)
 

@@ -88,6 +88,15 @@ bool accept(struct call *const call, const int i, const struct argument *const w
   return true;
 }
 
+bool is_empty(const struct call *const call, const int i) {
+  int64_t dim, *sizes;
+  bool empty = false;
+  if (shim.aoti_torch_get_dim(call->tensors[i], &dim) || shim.aoti_torch_get_sizes(call->tensors[i], &sizes))
+    return false;
+  for (int64_t d = 0; d < dim; d++) empty |= !sizes[d];
+  return empty;
+}
+
 int dtype_of(const struct call *const call, const int i) {
   int32_t number;
   if (shim.aoti_torch_get_dtype(call->tensors[i], &number)) return TORCH_DTYPE_COUNT;

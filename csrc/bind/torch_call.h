@@ -34,6 +34,9 @@ __attribute__((format(printf, 2, 3))) bool fail(struct call *, const char *forma
 /* Checks tensor i of a call. One that the op does not read lends its shape alone: it may be an expanded scalar. */
 bool accept(struct call *, int i, const struct argument *, bool is_read);
 
+/* Whether tensor i has no elements, which stands for none where one may be left out. */
+bool is_empty(const struct call *, int i);
+
 /* Of a tensor that may be one of several dtypes: its place in TORCH_DTYPES. */
 int dtype_of(const struct call *, int i);
 

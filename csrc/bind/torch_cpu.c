@@ -33,6 +33,7 @@ static void attend(const int64_t begin, const int64_t end, void *const attention
 
 bool device_attend(struct call *const call, const struct wkv_attention *const a) {
   return !wkv_check_cursor(a->cursor, a->rows, a->tokens, a->slots, call->error, sizeof call->error) &&
+         !wkv_check_sources(a, call->error, sizeof call->error) &&
          share_out(call, a->rows * a->heads, 2.0 * a->tokens * a->slots * a->head_dim, attend, (void *)a);
 }
 

@@ -14,7 +14,7 @@ enum { POLICIES = sizeof policies / sizeof policies[0] };
 
 /* ---- compact_attention ---- */
 
-enum { QUERY, KEY, VALUE, KEYS, VALUES, CURSOR, ATTENTION_TENSORS };
+enum { QUERY, KEY, VALUE, KEYS, VALUES, CURSOR, SOURCES, ATTENTION_TENSORS };
 static const struct argument attention_arguments[ATTENTION_TENSORS] = {
     [QUERY] = {"query", CACHE, 4, {ROWS, TOKENS, HEADS, DIM}},
     [KEY] = {"key", CACHE, 4, {ROWS, TOKENS, HEADS, DIM}},
@@ -22,10 +22,12 @@ static const struct argument attention_arguments[ATTENTION_TENSORS] = {
     [KEYS] = {"keys", CACHE, 4, {ROWS, HEADS, SLOTS, DIM}},
     [VALUES] = {"values", CACHE, 4, {ROWS, HEADS, SLOTS, DIM}},
     [CURSOR] = {"cursor", TORCH_DTYPE_int32, 2, {CURSORS, ROWS}},
+    [SOURCES] = {"sources", TORCH_DTYPE_int32, 2, {ROWS, SLOTS}},
 };
 
 static bool compact_attention(struct call *const call, const StableIValue *const numbers) {
-  for (int i = 0; i < ATTENTION_TENSORS; i++)
+  const int given = is_empty(call, SOURCES) ? SOURCES : ATTENTION_TENSORS;
+  for (int i = 0; i < given; i++)
     if (!accept(call, i, &attention_arguments[i], true)) return false;
   const double scale = as_double(numbers[0]);
   const bool want_weights = as_bool(numbers[1]);
@@ -33,7 +35,7 @@ static bool compact_attention(struct call *const call, const StableIValue *const
   const int64_t output_shape[] = {size[ROWS], size[TOKENS], size[HEADS], size[DIM]};
   const int64_t weights_shape[] = {size[ROWS], size[HEADS], size[TOKENS], size[SLOTS]};
   void *output, *weights;
-  if (!is_finite(call, "scale", scale) || !needs_no_grad(call, attention_arguments, ATTENTION_TENSORS) ||
+  if (!is_finite(call, "scale", scale) || !needs_no_grad(call, attention_arguments, given) ||
       !new_result(call, 0, 4, output_shape, call->cache_dtype, &output) ||
       !new_result(call, 1, want_weights ? 4 : 1, want_weights ? weights_shape : &none, TORCH_DTYPE_float32, &weights))
     return false;
@@ -50,6 +52,7 @@ static bool compact_attention(struct call *const call, const StableIValue *const
       .keys = call->data[KEYS],
       .values = call->data[VALUES],
       .cursor = call->data[CURSOR],
+      .sources = call->data[SOURCES],
       .output = output,
       .weights = want_weights ? weights : NULL,
       .scale = (float)scale,
@@ -104,7 +107,7 @@ static bool score_evict(struct call *const call, const StableIValue *const numbe
 const struct torch_op compact_attention_op = {
     "compact_attention",
     "compact_attention(Tensor query, Tensor key, Tensor value, Tensor(a!) keys, Tensor(b!) values, Tensor cursor, "
-    "float scale, bool want_weights) -> (Tensor, Tensor)",
+    "Tensor sources, float scale, bool want_weights) -> (Tensor, Tensor)",
     compact_attention, ATTENTION_TENSORS, 2};
 
 const struct torch_op score_evict_op = {

@@ -1,4 +1,5 @@
 /* What is settled before a kernel runs: whether cursors and owners may be trusted, and who does what. */
+#include <stdbool.h>
 #include <stdio.h>
 
 #include "../whisperkv.h"
@@ -20,6 +21,22 @@ const char *wkv_check_cursor(const int32_t *const cursor, const int64_t rows, co
              (long long)row, wrong, live, slot, seen, (long long)tokens, (long long)slots);
     return error;
   }
+  return NULL;
+}
+
+const char *wkv_check_sources(const struct wkv_attention *const a, char *const error, const size_t error_size) {
+  const int32_t *const first_new = a->cursor + WKV_SLOT * a->rows;
+  for (int64_t row = 0; a->sources && row < a->rows; row++)
+    for (int64_t slot = 0; slot < a->cursor[WKV_LIVE * a->rows + row]; slot++) {
+      const int64_t source = a->sources[row * a->slots + slot];
+      if (source == row || (slot >= first_new[row] && slot < first_new[row] + a->tokens)) continue;
+      const bool is_row = source >= 0 && source < a->rows;
+      if (is_row && (slot < first_new[source] || slot >= first_new[source] + a->tokens)) continue;
+      snprintf(error, error_size, is_row ? "sources of row %lld, slot %lld: row %lld is just writing that slot"
+                                         : "sources of row %lld, slot %lld: must be one of the rows, got %lld",
+               (long long)row, (long long)slot, (long long)source);
+      return error;
+    }
   return NULL;
 }
 

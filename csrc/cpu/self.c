@@ -18,12 +18,32 @@ INLINE void clear(vf *const sums, const int64_t channels) {
   for (int64_t d = 0; d < channels; d += PAIR) sums[d / W] = sums[d / W + 1] = (vf){0};
 }
 
-/* sums += factors[i] * x[i] for i < count, over n <= PAIR channels; stride from one x to the next. */
+/* Another thread may write what was checked before: what is read once can be checked again, and stays what it is. */
+INLINE int64_t read_once(const int32_t *const number) { return *(const volatile int32_t *)number; }
+
+/* Where slots start, start + 1, ... of a head are, counted in numbers from where the row's own slot `start` is. */
+INLINE void find_slots(const struct wkv_attention *const a, const int64_t head_dim, const int64_t row,
+                       const int64_t first_new, const int64_t start, const int64_t slots, int64_t *const places) {
+  for (int64_t i = 0; i < slots; i++) {
+    const int64_t slot = start + i, source = read_once(a->sources + row * a->slots + slot);
+    const bool is_new = slot >= first_new && slot < first_new + a->tokens;
+    const bool is_elsewhere = !is_new && source >= 0 && source < a->rows;
+    places[i] = (i + (is_elsewhere ? source - row : 0) * a->heads * a->slots) * head_dim;
+  }
+}
+
+/* The same, where no table says otherwise. */
+INLINE int64_t place_of(const int64_t *const places, const int64_t slot, const int64_t head_dim) {
+  return places ? places[slot] : slot * head_dim;
+}
+
+/* sums += factors[i] * x[i] for first <= i < first + count, over n <= PAIR channels of the x at their places. */
 INLINE void add_pairs(const enum wkv_dtype dtype, vf *const sums, const float *const factors, const void *const x,
-                      const int count, const int64_t stride, const int64_t n) {
+                      const int64_t first, const int count, const int64_t *const places, const int64_t head_dim,
+                      const int64_t n) {
   struct pair sum = {sums[0], sums[1]};
-  for (int i = 0; i < count; i++) {
-    const struct pair p = load_some(dtype, at(dtype, x, i * stride), n);
+  for (int64_t i = first; i < first + count; i++) {
+    const struct pair p = load_some(dtype, at(dtype, x, place_of(places, i, head_dim)), n);
     sum.a = multiply_add(splat(factors[i]), p.a, sum.a);
     sum.b = multiply_add(splat(factors[i]), p.b, sum.b);
   }
@@ -33,11 +53,13 @@ INLINE void add_pairs(const enum wkv_dtype dtype, vf *const sums, const float *c
 
 /* The same over all channels. */
 INLINE void add_multiples(const enum wkv_dtype dtype, vf *const sums, const float *const factors, const void *const x,
-                          const int count, const int64_t stride, const int64_t channels) {
+                          const int64_t first, const int count, const int64_t *const places, const int64_t head_dim,
+                          const int64_t channels) {
   int64_t d = 0;
   for (; d + PAIR <= channels; d += PAIR)
-    add_pairs(dtype, sums + d / W, factors, at(dtype, x, d), count, stride, PAIR);
-  if (d < channels) add_pairs(dtype, sums + d / W, factors, at(dtype, x, d), count, stride, channels - d);
+    add_pairs(dtype, sums + d / W, factors, at(dtype, x, d), first, count, places, head_dim, PAIR);
+  if (d < channels)
+    add_pairs(dtype, sums + d / W, factors, at(dtype, x, d), first, count, places, head_dim, channels - d);
 }
 
 /* sum + query . key over n <= PAIR channels, in W partial sums. */
@@ -58,15 +80,16 @@ INLINE vf multiply_key(const enum wkv_dtype dtype, const vf *const query, const 
 
 /* logits[s] += scale * query . keys[s] over the channels of one piece. */
 INLINE void score_slots(const enum wkv_dtype dtype, float *const logits, const void *const query, const float scale,
-                        const void *const keys, const int64_t slots, const int64_t stride, const int64_t channels) {
+                        const void *const keys, const int64_t slots, const int64_t *const places,
+                        const int64_t head_dim, const int64_t channels) {
   vf scaled[PIECE / W];
   clear(scaled, channels);
-  add_multiples(dtype, scaled, &scale, query, 1, 0, channels);
+  add_multiples(dtype, scaled, &scale, query, 0, 1, NULL, head_dim, channels);
   for (int64_t start = 0; start < slots; start += TOGETHER) {
     const int64_t count = least(TOGETHER, slots - start);
     vf sums[TOGETHER];
     for (int64_t i = 0; i < count; i++)
-      sums[i] = multiply_key(dtype, scaled, at(dtype, keys, (start + i) * stride), channels);
+      sums[i] = multiply_key(dtype, scaled, at(dtype, keys, place_of(places, start + i, head_dim)), channels);
     for (int64_t i = count; i < TOGETHER; i++) sums[i] = (vf){0};
     for (int64_t i = 0; i < TOGETHER; i += W) {
       float *const logit = logits + start + i;
@@ -75,21 +98,24 @@ INLINE void score_slots(const enum wkv_dtype dtype, float *const logits, const v
   }
 }
 
-/* One head of one token attends over the live slots; of the output it forms the channels of one piece.
- * Softmax block by block: the sums so far are rescaled whenever a later block holds a larger logit. */
+/* One head of one token attends over the live slots, its own from first_new on; of the output it forms the channels of
+ * one piece. Softmax block by block: the sums so far are rescaled whenever a later block holds a larger logit. */
 INLINE void attend(const enum wkv_dtype dtype, const struct wkv_attention *const a, const int64_t head_dim,
-                   const void *const query, const void *const keys, const void *const values, const int64_t live,
-                   void *const output, const int64_t channels, float *const weights) {
+                   const int64_t row, const int64_t first_new, const bool by_table, const void *const query,
+                   const void *const keys, const void *const values, const int64_t live, void *const output,
+                   const int64_t channels, float *const weights) {
   vf sums[PIECE / W];
   clear(sums, channels);
   float total = 0, top = -FLT_MAX; /* finite, so that logits of -inf weigh 0 and are not subtracted from each other */
   for (int64_t start = 0; start < live; start += BLOCK) {
     float block[BLOCK];
     const int64_t slots = least(BLOCK, live - start), padded = (slots + TOGETHER - 1) / TOGETHER * TOGETHER;
+    int64_t found[BLOCK], *const places = by_table ? found : NULL;
+    if (by_table) find_slots(a, head_dim, row, first_new, start, slots, places);
     for (int64_t s = 0; s < padded; s++) block[s] = 0;
     for (int64_t d = 0; d < head_dim; d += PIECE)
-      score_slots(dtype, block, at(dtype, query, d), a->scale, at(dtype, keys, start * head_dim + d), slots, head_dim,
-                  least(PIECE, head_dim - d));
+      score_slots(dtype, block, at(dtype, query, d), a->scale, at(dtype, keys, start * head_dim + d), slots, places,
+                  head_dim, least(PIECE, head_dim - d));
     for (int64_t s = slots; s < padded; s++) block[s] = -INFINITY;
 
     const float higher = largest(block, padded, top), shrink = exponential(splat(top - higher))[0];
@@ -102,9 +128,8 @@ INLINE void attend(const enum wkv_dtype dtype, const struct wkv_attention *const
     const void *const block_values = at(dtype, values, start * head_dim);
     int64_t s = 0;
     for (; s + ABREAST <= slots; s += ABREAST)
-      add_multiples(dtype, sums, block + s, at(dtype, block_values, s * head_dim), ABREAST, head_dim, channels);
-    for (; s < slots; s++)
-      add_multiples(dtype, sums, block + s, at(dtype, block_values, s * head_dim), 1, head_dim, channels);
+      add_multiples(dtype, sums, block, block_values, s, ABREAST, places, head_dim, channels);
+    for (; s < slots; s++) add_multiples(dtype, sums, block, block_values, s, 1, places, head_dim, channels);
     if (weights) {
       multiply(weights, start, shrink);
       memcpy(weights + start, block, (size_t)slots * sizeof(float));
@@ -127,7 +152,7 @@ INLINE void attend_row(const enum wkv_dtype dtype, const struct wkv_attention *c
   char *const keys = (char *)a->keys + (row * a->heads + head) * a->slots * size;
   char *const values = (char *)a->values + (row * a->heads + head) * a->slots * size;
   int64_t live = a->cursor[WKV_LIVE * a->rows + row], slot = a->cursor[WKV_SLOT * a->rows + row];
-  const int64_t seen = a->cursor[WKV_SEEN * a->rows + row];
+  const int64_t seen = a->cursor[WKV_SEEN * a->rows + row], first_new = slot;
 
   for (int64_t token = 0; token < a->tokens; token++) {
     const int64_t from = ((row * a->tokens + token) * a->heads + head) * size;
@@ -143,8 +168,12 @@ INLINE void attend_row(const enum wkv_dtype dtype, const struct wkv_attention *c
     slot++;
     live = slot > live ? slot : live;
     for (int64_t d = 0; d < head_dim; d += PIECE)
-      attend(dtype, a, head_dim, (const char *)a->query + from, keys, at(dtype, values, d), live,
-             at_mut(dtype, output, d), least(PIECE, head_dim - d), weights);
+      if (a->sources) /* known to the compiler, what is without a table has no places to look up */
+        attend(dtype, a, head_dim, row, first_new, true, (const char *)a->query + from, keys, at(dtype, values, d),
+               live, at_mut(dtype, output, d), least(PIECE, head_dim - d), weights);
+      else
+        attend(dtype, a, head_dim, row, first_new, false, (const char *)a->query + from, keys, at(dtype, values, d),
+               live, at_mut(dtype, output, d), least(PIECE, head_dim - d), weights);
   }
 }
 

@@ -45,15 +45,23 @@ __device__ float reduce(float x, const bool to_largest) {
 
 /* ---- compact_attention: a block is one head of one row ---- */
 
-template <class T> __global__ void __launch_bounds__(THREADS) attend(const struct wkv_attention a, const bool aligned) {
+template <class T, bool BY_TABLE>
+__global__ void __launch_bounds__(THREADS) attend(const struct wkv_attention a, const bool aligned) {
   DYNAMIC_SHARED(room);
   float *const logits = (float *)room, *const query = logits + a.slots, *const sums = query + a.head_dim;
+  int32_t *const away = (int32_t *)(sums + SHARERS * STRIP); /* of each slot: how many rows on it is held */
   const int64_t head = blockIdx.x % a.heads, row = blockIdx.x / a.heads, dim = a.head_dim;
   const int thread = threadIdx.x, lane = thread % LANES, sharer = thread / LANES;
   T *const keys = (T *)a.keys + (row * a.heads + head) * a.slots * dim;
   T *const values = (T *)a.values + (row * a.heads + head) * a.slots * dim;
   int64_t live = a.cursor[WKV_LIVE * a.rows + row], slot = a.cursor[WKV_SLOT * a.rows + row];
   const int64_t seen = a.cursor[WKV_SEEN * a.rows + row];
+  for (int64_t s = thread; BY_TABLE && s < a.slots; s += THREADS) {
+    const int64_t source = a.sources[row * a.slots + s];
+    const bool is_new = s >= slot && s < slot + a.tokens;
+    away[s] = (int32_t)(!is_new && source >= 0 && source < a.rows ? source - row : 0);
+  }
+  const int64_t whole_row = a.heads * a.slots * dim;
 
   for (int64_t token = 0; token < a.tokens; token++) {
     const int64_t from = ((row * a.tokens + token) * a.heads + head) * dim;
@@ -82,7 +90,8 @@ template <class T> __global__ void __launch_bounds__(THREADS) attend(const struc
         for (int t = 0; t < TOGETHER; t++) {
           const int64_t s = first + t * SHARERS + sharer;
           float key[NUMBERS];
-          load(keys + s * dim + d, s < live ? dim - d : 0, aligned, key);
+          const T *const held = BY_TABLE && s < live ? keys + away[s] * whole_row : keys;
+          load(held + s * dim + d, s < live ? dim - d : 0, aligned, key);
           for (int i = 0; i < NUMBERS && d + i < dim; i++) sums_of[t] = fmaf(query[d + i], key[i], sums_of[t]);
         }
       for (int t = 0; t < TOGETHER; t++) {
@@ -103,7 +112,8 @@ template <class T> __global__ void __launch_bounds__(THREADS) attend(const struc
 #pragma unroll 4
       for (int64_t s = sharer; s < live && d < dim; s += SHARERS) {
         float value[NUMBERS];
-        load(values + s * dim + d, dim - d, aligned, value);
+        const T *const held = BY_TABLE ? values + away[s] * whole_row : values;
+        load(held + s * dim + d, dim - d, aligned, value);
         for (int i = 0; i < NUMBERS; i++) sum[i] = fmaf(logits[s], value[i], sum[i]);
       }
       for (int i = 0; i < NUMBERS; i++) sums[sharer * STRIP + lane * NUMBERS + i] = sum[i];
@@ -123,10 +133,12 @@ template <class T> __global__ void __launch_bounds__(THREADS) attend(const struc
 template <class T> const char *launch_attend(const struct wkv_attention *const a, const cudaStream_t stream) {
   const bool aligned = a->head_dim * sizeof(T) % sizeof(piece) == 0 && (uintptr_t)a->keys % sizeof(piece) == 0 &&
                        (uintptr_t)a->values % sizeof(piece) == 0;
-  const size_t shared = (a->slots + a->head_dim + SHARERS * STRIP) * sizeof(float);
-  const char *const refused = allow_shared((const void *)attend<T>, shared);
+  const size_t table = a->sources ? a->slots * sizeof(int32_t) : 0;
+  const size_t shared = (a->slots + a->head_dim + SHARERS * STRIP) * sizeof(float) + table;
+  const auto kernel = a->sources ? attend<T, true> : attend<T, false>;
+  const char *const refused = allow_shared((const void *)kernel, shared);
   if (refused) return refused;
-  LAUNCH(attend<T>, dim3(a->rows * a->heads), dim3(THREADS), shared, stream, *a, aligned);
+  LAUNCH(kernel, dim3(a->rows * a->heads), dim3(THREADS), shared, stream, *a, aligned);
   return launch_error();
 }
 
