@@ -5,17 +5,17 @@ import os
 import platform
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
-import transformers
-from tables import driver
+from device import driver
 
 ROOT = Path(__file__).parents[1]
 
 
 def main():
-    versions = f"Python {platform.python_version()}, torch {torch.__version__}, transformers {transformers.__version__}"
+    versions = f"Python {platform.python_version()}, torch {torch.__version__}, transformers {version('transformers')}"
     if not torch.cuda.is_available():
         sys.exit(f"torch finds no GPU ({versions}): nothing was run")
     about = torch.cuda.get_device_properties(0)

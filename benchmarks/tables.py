@@ -4,12 +4,12 @@ import argparse
 import json
 import os
 import platform
-import subprocess
 from pathlib import Path
 
 import torch
 import transformers
 from audio import DATA
+from device import driver
 from models import REAL
 
 import whisperkv.ops
@@ -75,15 +75,6 @@ def gpu():
         "cuda": torch.version.cuda,
         "driver": driver(),
     }
-
-
-def driver():
-    """The version of NVIDIA's driver, or None."""
-    try:
-        asked = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-        return subprocess.run(asked, capture_output=True, text=True, check=True).stdout.split()[0]
-    except (OSError, subprocess.CalledProcessError, IndexError):
-        return None
 
 
 class Table:

@@ -14,6 +14,7 @@ from test_graphs import EVICTIONS, POLICIES, feed, ids
 from test_patch import generate
 
 from whisperkv import CrossConfig, patch
+from whisperkv.beams import gathered, own_rows, reordered
 from whisperkv.cross_cache import CrossCacheLayer
 from whisperkv.graph_memory import Pool
 from whisperkv.graphs import CudaGraph
@@ -200,6 +201,46 @@ def test_a_hook_that_comes_between_two_steps(small, states, graph, everywhere):
     assert len(seen) >= 4 and len(graph.replays) == 7
     feed(small, states, ids(3, 4), past)
     assert len(graph.replays) == 11
+
+
+# Beams
+
+
+def test_a_table_of_sources():
+    slots, sources = torch.randn(4, 2, 6, 3), own_rows(4, 6, "cpu")
+    moved = slots.clone()
+    for live, rows in ((2, [1, 1, 3, 0]), (3, [2, 0, 0, 1]), (5, [3, 2, 1, 0])):
+        rows = torch.tensor(rows)
+        sources = reordered(sources, rows, live)
+        moved[:, :, :live] = moved[rows, :, :live]
+        assert torch.equal(gathered(slots, sources), moved)
+        assert torch.equal(sources[:, live:], own_rows(4, 6 - live, "cpu"))
+
+
+def test_beams_trade_places_by_a_table(small, states, graph):
+    """Layers that have one keep it at home, where it is reordered in the place of the slots."""
+    orders = [torch.tensor(order, device=DEVICE) for order in ([2, 2, 0], [1, 0, 0], [2, 1, 1], [0, 0, 1])]
+
+    def run(on, has_table):
+        logits, past = feed(patch(small, graphs=on), states, ids(3, 4))
+        layers = past.self_attention_cache.layers
+        if has_table:
+            table = own_rows(3, layers[0].slots, DEVICE)
+            for layer in layers:
+                layer.leave()
+                layer.sources = table
+        outputs, slots = [logits], None
+        for seed, order in enumerate(orders):
+            more, past = feed(small, states, ids(3, 3, seed=seed), past)
+            outputs.append(more)
+            slots = layers[1].key_slots.clone()
+            past.reorder_cache(order)
+        assert torch.equal(slots, layers[1].key_slots) == has_table
+        return torch.cat([*outputs, feed(small, states, ids(3, 3, seed=9), past)[0]], 1)
+
+    want = run(False, False)
+    assert torch.equal(run(True, True), want) and torch.equal(run(True, False), want)
+    assert len(graph.made) == 3
 
 
 # Failures

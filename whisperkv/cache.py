@@ -250,7 +250,7 @@ class SelfCacheLayer(CacheLayerMixin):
         if rows.is_cpu and torch.equal(rows, torch.arange(self.batch_size)):  # elsewhere the host would have to wait
             return
         if self.is_home and len(rows) == self.batch_size:
-            self.home.reorder_slots(self.index, beam_idx)
+            self.home.reorder_slots(self.index, beam_idx, self.live)
             self._select_padding(rows)
             return
         self.key_slots = self.spare.reordered(self.key_slots, rows)
@@ -305,11 +305,16 @@ class SelfCacheLayer(CacheLayerMixin):
             if there is not None:
                 there.copy_(getattr(self, name))
             setattr(self, name, there)
+        if home.sources is not None:  # one table for all layers
+            if self.index == 0:
+                home.sources.copy_(self.sources)
+            self.sources = home.sources
         self.home = home
 
     def leave(self):
         for name in _BUFFERS:
             setattr(self, name, apart(getattr(self, name)))
+        self.sources = apart(self.sources)
         self.home = None
 
     # How it works

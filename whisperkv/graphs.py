@@ -190,7 +190,8 @@ class Graphs:
         """Whether all buffers now are where a graph would find them."""
         layouts = {
             SelfLayout(
-                len(layers), *layer.key_slots.shape, layer.key_slots.dtype, layer.eviction, layer.padding is not None
+                len(layers), *layer.key_slots.shape, layer.key_slots.dtype, layer.eviction, layer.padding is not None,
+                layer.sources.numel() > 0,
             )
             for layer in layers
         }
@@ -378,6 +379,7 @@ def _are_home(layers, audio_layers):
         and layer.cursor is cursor
         and layer.positions is positions
         and layer.scores is scores
+        and (home.sources is None or layer.sources is home.sources)
         and layer.seen == seen
         and layer.live == live
         for layer, (keys, values, cursor, positions, scores) in zip(layers, home.of_layer)
