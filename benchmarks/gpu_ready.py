@@ -40,8 +40,8 @@ def build(arch):
     if subprocess.run(command, cwd=ROOT, env=environment).returncode:
         sys.exit(
             "they could not be built: this takes nvcc, a C compiler, setuptools and NumPy. Or build them on a machine "
-            f"that has these (WHISPERKV_CUDA=on {' '.join(command[1:])}) and bring whisperkv/*.abi3.so along: they "
-            "serve every Python from 3.10 and every torch from 2.10"
+            f"that has these (WHISPERKV_CUDA=on python3 {' '.join(command[1:])}) and bring whisperkv/*.abi3.so along, "
+            "which serve every Python from 3.10 and every torch from 2.10"
         )
 
 
