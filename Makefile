@@ -8,13 +8,15 @@ TESTS ?= tests
 SOURCES := $(shell find csrc -name '*.[ch]' -o -name '*.cu') setup.py pyproject.toml $(CONSTRAINTS)
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-floor sanitize sanitize-cuda gpu gpu-sanitize bench clean
+.PHONY: demo test test-floor sanitize sanitize-cuda gpu gpu-ready gpu-tests gpu-ops gpu-steps gpu-generate gpu-memory \
+	gpu-sanitize bench clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python -m whisperkv.demo $(AUDIO)
 
-# JOBS=1 for one test at a time.
+# JOBS=1 for one test at a time. Kernels for one GPU and PTX are enough to test that they compile.
 JOBS ?= 2
+test sanitize sanitize-cuda: export WHISPERKV_ARCHS ?= 80
 test: $(VENV)/.test
 	$(BIN)/python -m pytest -q -n $(JOBS) --dist worksteal $(TESTS)
 
@@ -31,18 +33,41 @@ sanitize-cuda: $(VENV)/.test
 	PYTHON=$(BIN)/python sh tests/sanitize.sh cuda
 	SHIM_REVERSE=1 PYTHON=$(BIN)/python sh tests/sanitize.sh cuda
 
-# On a machine with a GPU and nvcc: the tests, those of the ops, of graphs and of generate() on CUDA, then the benchmarks.
-# WEIGHTS="tiny.en=FOLDER" for the real weights of a faster-whisper folder; GPU_TESTS for fewer tests.
-GPU_TESTS = $(TESTS)
-gpu: $(VENV)/.test $(VENV)/.bench
-	WHISPERKV_TEST_DEVICE=cuda $(BIN)/python -m pytest -q $(GPU_TESTS)
-	$(BIN)/python benchmarks/gpu.py $(if $(WEIGHTS),--weights $(WEIGHTS))
+# On a machine with a GPU, by its own Python: torch, transformers and pytest are enough, and no package index is asked.
+# The kernels are built in place if they are not there (whisperkv/*.abi3.so). `make gpu` runs all; each part takes less
+# than eight minutes. Results go to GPU_OUT. WEIGHTS="tiny.en=FOLDER" for the real weights of a faster-whisper folder,
+# SPEECH=FILE for samples saved by NumPy where soundfile is missing, GPU_TESTS for other tests.
+GPU_PYTHON ?= python3
+GPU_OUT ?= benchmarks/results/gpu
+WEIGHTS ?=
+SPEECH ?=
+GPU_TESTS ?= $(GPU_FILES:%=tests/test_%.py)
+GPU_FILES = ops cross_ops graphs capture generate
+GPU_TABLES = gpu-ops gpu-steps gpu-generate gpu-memory
+IN_TREE = PYTHONPATH="$(CURDIR):$$PYTHONPATH"
+IN_TIME = timeout --signal=INT --kill-after=20 475
+
+gpu:
+	$(MAKE) --keep-going gpu-tests $(GPU_TABLES)
+
+gpu-ready:
+	$(IN_TREE) $(GPU_PYTHON) benchmarks/gpu_ready.py
+
+gpu-tests: export WHISPERKV_TEST_DEVICE = cuda
+gpu-tests: export WHISPERKV_TINY_EN ?= $(patsubst tiny.en=%,%,$(filter tiny.en=%,$(WEIGHTS)))
+gpu-tests: export WHISPERKV_SPEECH ?= $(SPEECH)
+gpu-tests: gpu-ready
+	$(IN_TREE) $(IN_TIME) $(GPU_PYTHON) -m pytest -q -p no:cacheprovider $(GPU_TESTS)
+
+$(GPU_TABLES): gpu-%: gpu-ready
+	$(IN_TREE) $(IN_TIME) $(GPU_PYTHON) benchmarks/gpu.py --tables $* --minutes 6 --results $(GPU_OUT) \
+		$(if $(WEIGHTS),--weights $(WEIGHTS)) $(if $(SPEECH),--speech $(SPEECH))
 
 # compute-sanitizer on the kernels. Torch's pool would hide what is read past a tensor.
 CHECK = WHISPERKV_TEST_DEVICE=cuda PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --error-exitcode 1
-gpu-sanitize: $(VENV)/.test
-	$(CHECK) --tool memcheck $(BIN)/python -m pytest -q -x -k "TestValues or TestOfCuda" tests/test_*ops.py
-	$(CHECK) --tool racecheck $(BIN)/python -m pytest -q -x -k "TestValues and (shapes or latent or several)" \
+gpu-sanitize: gpu-ready
+	$(CHECK) --tool memcheck $(GPU_PYTHON) -m pytest -q -x -k "TestValues or TestOfCuda" tests/test_*ops.py
+	$(CHECK) --tool racecheck $(GPU_PYTHON) -m pytest -q -x -k "TestValues and (shapes or latent or several)" \
 		tests/test_*ops.py
 
 bench: $(VENV)/.bench

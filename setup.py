@@ -2,10 +2,12 @@
 
 WHISPERKV_CUDA     auto (default): the kernels for CUDA if nvcc is there; on: they must be; off: without them;
                    on_cpu: these kernels, compiled for the CPU, in the place of its own, to be tested (see tests/cuda)
-WHISPERKV_ARCHS    compute capabilities to compile for, "80;89;90" by default; the last as PTX for newer GPUs too
+WHISPERKV_ARCHS    compute capabilities to compile for, as "80;90"; the first as PTX too, for all newer GPUs. By default
+                   those of 80, 89, 90, 100 and 120 that nvcc has
 WHISPERKV_CFLAGS, WHISPERKV_LDFLAGS  more flags
 """
 
+import hashlib
 import os
 import platform
 import shutil
@@ -25,6 +27,8 @@ LDFLAGS = os.environ.get("WHISPERKV_LDFLAGS", "").split()
 
 KERNELS = [f"csrc/cpu/{name}.c" for name in ("self", "cross", "pack")]
 CUDA_KERNELS = [f"csrc/cuda/{name}.cu" for name in ("self", "cross", "pack")]
+CUDA_PROBE = "csrc/cuda/probe.cu"
+ARCHS = ("80", "89", "90", "100", "120")
 HEADERS = glob("csrc/**/*.h", recursive=True)
 
 BINDING = [f"csrc/bind/torch_{name}.c" for name in ("call", "cross", "ops", "self", "shim")]
@@ -94,8 +98,10 @@ class BuildExt(build_ext):
             )
             self.link(objects, lambda ext: "csrc/cpu/dispatch.c" in ext.sources)
         if HOME or CUDA == "on_cpu":
-            command = nvcc_command() if HOME else on_cpu_command()
-            objects = [self.compile_cuda(command, source) for source in CUDA_KERNELS]
+            command, sources = on_cpu_command(), CUDA_KERNELS
+            if HOME:
+                command, sources = nvcc_command(), [*CUDA_KERNELS, CUDA_PROBE]
+            objects = [self.compile_cuda(command, source) for source in sources]
             self.link(objects, lambda ext: "csrc/bind/torch_cuda.c" in ext.sources)
         super().build_extensions()
 
@@ -105,7 +111,8 @@ class BuildExt(build_ext):
             ext.depends = [*ext.depends, *objects]  # else a change in a kernel would not be linked in
 
     def compile_cuda(self, command, source):
-        place = Path(self.build_temp, "cuda" if HOME else "cuda_on_cpu", source).with_suffix(".o")
+        flags = hashlib.sha1(" ".join(command).encode()).hexdigest()[:8]
+        place = Path(self.build_temp, f"cuda-{flags}", source).with_suffix(".o")
         newest = max(os.path.getmtime(file) for file in (source, "setup.py", *HEADERS, *glob("tests/cuda/*.h")))
         if self.force or not place.exists() or place.stat().st_mtime < newest:
             place.parent.mkdir(parents=True, exist_ok=True)
@@ -114,12 +121,16 @@ class BuildExt(build_ext):
 
 
 def nvcc_command():
-    archs = os.environ.get("WHISPERKV_ARCHS", "80;89;90").split(";")
+    nvcc = str(HOME / "bin/nvcc")
+    archs = os.environ.get("WHISPERKV_ARCHS", "").split(";")
+    if archs == [""]:
+        known = subprocess.run([nvcc, "--list-gpu-code"], capture_output=True, text=True, check=True).stdout.split()
+        archs = [arch for arch in ARCHS if f"sm_{arch}" in known]
     codes = [f"arch=compute_{arch},code=sm_{arch}" for arch in archs]
-    codes.append(f"arch=compute_{archs[-1]},code=compute_{archs[-1]}")
+    codes.append(f"arch=compute_{archs[0]},code=compute_{archs[0]}")
     host = "-fPIC,-fvisibility=hidden,-fno-exceptions,-fno-rtti,-fno-threadsafe-statics"  # no C++ runtime to link
     options = ["-O3", "-std=c++17", "--threads", "0", "-Xcompiler", host]
-    return [str(HOME / "bin/nvcc"), *options, *(word for code in codes for word in ("-gencode", code))]
+    return [nvcc, *options, *(word for code in codes for word in ("-gencode", code))]
 
 
 def on_cpu_command():

@@ -1,6 +1,7 @@
 """Time and memory of a GPU; and of a CPU, so that what measures a GPU can be tried without one."""
 
 import gc
+import subprocess
 from statistics import median
 from time import perf_counter
 
@@ -56,6 +57,15 @@ class Memory:
     @property
     def peak(self):
         return (torch.cuda.max_memory_allocated() - self.before) / 1e9 if self.is_known else None
+
+
+def driver():
+    """The version of NVIDIA's driver, or None."""
+    try:
+        asked = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+        return subprocess.run(asked, capture_output=True, text=True, check=True).stdout.split()[0]
+    except (OSError, subprocess.CalledProcessError, IndexError):
+        return None
 
 
 def forget():

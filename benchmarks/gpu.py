@@ -1,6 +1,6 @@
 """Everything that is measured on a GPU, beside torch and transformers, in one process and turn by turn.
 
-op        each op alone, beside torch's scaled_dot_product_attention (as transformers calls it, over keys and values of
+ops       each op alone, beside torch's scaled_dot_product_attention (as transformers calls it, over keys and values of
           every beam, and with the beams as queries over shared ones), flash_attn where it is installed, and the
           bandwidth that this card reached in a plain read or copy. Other memory is read before each call
 steps     a token through the decoder and the output head, at the length of a usual transcript; random weights
@@ -11,12 +11,15 @@ memory    the largest batch that decodes its first tokens
 
 Times of ops and steps are medians by CUDA events. What does not fit, compile or run stands in the tables as such. Rows
 go to gpu-*.jsonl, targets and ratios to gpu.md, as they are found: a table that is not measured now keeps its old rows.
+What the targets are about is measured first, and after --minutes nothing new is begun.
 """
 
 import argparse
 import json
 from importlib.util import find_spec
+from math import inf
 from pathlib import Path
+from time import perf_counter
 
 import models
 import tables
@@ -28,16 +31,16 @@ from tqdm import tqdm
 QUICK = {"tiny": ("tiny", 1)}  # a decoder of so many layers
 BATCHES, QUICK_BATCHES, BEAMS = (1, 8, 32, 128), (1, 2), (1, 5)
 ROUNDS, OP_ROUNDS = 2, 20  # runs of some steps, or of generate(); calls of an op
-WORK = {"op": op, "steps": steps, "generate": generate, "memory": memory}
+WORK = {"ops": op, "steps": steps, "generate": generate, "memory": memory}
 
 OPS = {"shape": "large-v3", "dtype": "float16", "batch": 32, "beams": 1, "op": "cross_attention"}
 ONE = {"shape": "large-v3", "batch": 1, "beams": 1, "way": "model"}
 BEAM = {"shape": "large-v3", "batch": 32, "beams": 5, "way": "latent_int4"}
 REAL = {"shape": "tiny.en", "dtype": "float32", "way": "model"}
 TARGETS = [  # what; the table, row and column where it stands; how much it must be
-    ("cross_attention, large-v3, batch 32, `model`: share of bandwidth", "op", {**OPS, "way": "model"}, "share", 0.75),
-    ("the same, `int8`: times as fast as `model`", "op", {**OPS, "way": "int8"}, "to_model", 1.7),
-    ("the same, `latent`: times as fast as SDPA over all keys and values", "op", {**OPS, "way": "latent"}, "ratio", 1),
+    ("cross_attention, large-v3, batch 32, `model`: share of bandwidth", "ops", {**OPS, "way": "model"}, "share", 0.75),
+    ("the same, `int8`: times as fast as `model`", "ops", {**OPS, "way": "int8"}, "to_model", 1.7),
+    ("the same, `latent`: times as fast as SDPA over all keys and values", "ops", {**OPS, "way": "latent"}, "ratio", 1),
     ("step of large-v3, batch 1: times as fast as transformers", "steps", ONE, "ratio", 8),
     ("the same: times as fast as its static cache, compiled", "steps", ONE, "to_static", 1),
     ("generate() of large-v3, batch 1: times as fast", "generate", ONE, "ratio", 4),
@@ -48,12 +51,12 @@ TARGETS = [  # what; the table, row and column where it stands; how much it must
 ]  # fmt: skip
 LINES = ("shape", "dtype", "batch", "beams")
 VIEWS = [  # heading; table, which of its rows, column
-    ("cross_attention: times as fast as SDPA", "op", {"op": "cross_attention"}, "ratio", ".2f"),
-    ("cross_attention: times as fast as SDPA, beams folded", "op", {"op": "cross_attention"}, "ratio_shared", ".2f"),
-    ("cross_attention: share of the bandwidth", "op", {"op": "cross_attention"}, "share", ".2f"),
-    ("compact_attention: times as fast as SDPA", "op", {"op": "compact_attention"}, "ratio", ".2f"),
-    ("compact_attention: share of the bandwidth", "op", {"op": "compact_attention"}, "share", ".2f"),
-    ("score_evict: µs", "op", {"op": "score_evict"}, "us", ".1f"),
+    ("cross_attention: times as fast as SDPA", "ops", {"op": "cross_attention"}, "ratio", ".2f"),
+    ("cross_attention: times as fast as SDPA, beams folded", "ops", {"op": "cross_attention"}, "ratio_shared", ".2f"),
+    ("cross_attention: share of the bandwidth", "ops", {"op": "cross_attention"}, "share", ".2f"),
+    ("compact_attention: times as fast as SDPA", "ops", {"op": "compact_attention"}, "ratio", ".2f"),
+    ("compact_attention: share of the bandwidth", "ops", {"op": "compact_attention"}, "share", ".2f"),
+    ("score_evict: µs", "ops", {"op": "score_evict"}, "us", ".1f"),
     ("steps: times as fast as transformers", "steps", {}, "ratio", ".2f"),
     ("steps: ms", "steps", {}, "ms", ".3f"),
     ("steps: GB beside the weights, at most", "steps", {}, "peak", ".2f"),
@@ -70,7 +73,10 @@ def report(rows, device):
     """Markdown of {table: rows}: the targets, then the ratios."""
     lines = ["# On a CPU, to see that the script runs: no number here is a GPU's", ""]
     if device.type == "cuda":
-        lines = [f"# {torch.cuda.get_device_name()}", "", "| target | at least | measured | |", "|---|---|---|---|"]
+        about = tables.machine(torch.get_num_threads())
+        sorts = ("driver", "cuda", "torch", "transformers", "python", "cpu")
+        lines = [f"# {about['gpu']}", "", ", ".join(f"{each} {about[each]}" for each in sorts), ""]
+        lines += ["| target | at least | measured | |", "|---|---|---|---|"]
         lines += [f"| {' | '.join(target(rows, *each))} |" for each in TARGETS] + [""]
         lines += [f"{peer} is not installed here." for peer in ("flash_attn", "kvpress") if not find_spec(peer)] + [""]
     for heading, table, where, column, form in VIEWS:
@@ -110,12 +116,15 @@ def main(args):
         path = args.results / f"{prefix}gpu-{name}.jsonl"
         rows[name] = [json.loads(line) for line in path.read_text().splitlines()[1:]] if path.is_file() else []
     for name in args.tables:
-        table = tables.Table(f"gpu-{name}", {}, args)
+        table, end = tables.Table(f"gpu-{name}", {}, args), perf_counter() + 60 * args.minutes
         rows[name] = table.rows
         with torch.no_grad():
             for row in tqdm(WORK[name](args), desc=name, unit="row"):
                 table.add(**row)
                 (args.results / f"{prefix}gpu.md").write_text(report(rows, args.device))
+                if perf_counter() > end:
+                    print(f"{name}: {args.minutes:g} minutes are over, the rest is not measured")
+                    break
     print(report(rows, args.device))
 
 
@@ -132,6 +141,8 @@ def arguments():
     parser.add_argument(
         "--weights", nargs="*", default=[], metavar="NAME=FOLDER", help="faster-whisper folders, as tiny.en=FOLDER"
     )
+    parser.add_argument("--speech", metavar="FILE", help="float32 samples at 16 kHz (.npy), where soundfile is missing")
+    parser.add_argument("--minutes", type=float, default=inf, help="for a table, after which no more rows are begun")
     parser.add_argument("--device", type=torch.device, default="cuda", help="cuda (default), or cpu with --quick")
     parser.add_argument("--quick", action="store_true", help="a small shape and a few calls, to see that it runs")
     parser.add_argument("--results", type=Path, default=tables.RESULTS, metavar="FOLDER", help="for what is found")

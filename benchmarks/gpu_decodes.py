@@ -8,6 +8,7 @@ from time import perf_counter
 
 import decoding
 import models
+import numpy
 import torch
 from device import Memory, attempt, between, forget, mark
 from transformers import EncoderDecoderCache, StaticCache
@@ -147,14 +148,6 @@ class Decode:
 
 
 def generate(args):
-    shape = next(iter(args.shapes))
-    model = random_model(shape, args)
-    for audios, beams, tokens in QUICK_DECODES if args.quick else DECODES:
-        options = {"num_beams": beams, "min_new_tokens": tokens, "max_new_tokens": tokens}
-        static = [STATIC] if beams == 1 and audios in args.compiled else []
-        yield from generate_rows(shape, model, random_states(model, audios), static, options, args)
-    del model
-    forget()
     for name in dict.fromkeys(["tiny.en", *args.weights]):
         loaded, why = attempt(real, name, args)
         if why:
@@ -163,6 +156,12 @@ def generate(args):
         for beams in args.beams:
             options = {"num_beams": beams, "max_new_tokens": 12 if args.quick else 100}
             yield from generate_rows(name, *loaded, [], options, args)
+    shape = next(iter(args.shapes))
+    model = random_model(shape, args)
+    for audios, beams, tokens in QUICK_DECODES if args.quick else DECODES:
+        options = {"num_beams": beams, "min_new_tokens": tokens, "max_new_tokens": tokens}
+        static = [STATIC] if beams == 1 and audios in args.compiled else []
+        yield from generate_rows(shape, model, random_states(model, audios), static, options, args)
 
 
 def generate_rows(shape, model, states, static, options, args):
@@ -222,7 +221,7 @@ def real(name, args):
     """A model with real weights in float32, and its encoder's output for three pieces of speech."""
     folder = args.weights.get(name)
     model, processor = whisperkv.load_ctranslate2(folder) if folder else models.load(name)
-    samples, _ = whisperkv.demo_audio()
+    samples = numpy.load(args.speech) if args.speech else whisperkv.demo_audio()[0]
     pieces = [samples, samples[: 6 * 16000], samples[9 * 16000 : 20 * 16000]]
     features = processor(pieces, sampling_rate=16000, return_tensors="pt").input_features.to(args.device)
     return model.to(args.device), model.get_encoder()(features).last_hidden_state

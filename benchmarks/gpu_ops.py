@@ -1,4 +1,4 @@
-"""The table `op` of gpu.py: each op alone."""
+"""The table `ops` of gpu.py: each op alone."""
 
 from functools import partial
 from importlib.util import find_spec

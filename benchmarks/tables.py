@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 import transformers
 from audio import DATA
+from device import driver
 from models import REAL
 
 import whisperkv.ops
@@ -72,6 +73,7 @@ def gpu():
         "gpu_memory": about.total_memory,
         "capability": f"{about.major}.{about.minor}",
         "cuda": torch.version.cuda,
+        "driver": driver(),
     }
 
 

@@ -162,6 +162,9 @@ const char *wkv_check_sources(const struct wkv_attention *, char *error, size_t 
  * them. Cursors, owners and lengths are read by the device and cannot be checked first: a row whose own are not sound
  * gets zeros, and nothing is written where it does not belong. */
 
+/* NULL if there are kernels for the current device and its driver, compiled as the others are. */
+const char *wkv_cuda_probe(void);
+
 const char *wkv_cuda_compact_attention(const struct wkv_attention *, void *stream);
 const char *wkv_cuda_score_evict(const struct wkv_eviction *, void *stream);
 const char *wkv_cuda_pack(const struct wkv_packing *, void *stream);

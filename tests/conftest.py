@@ -1,7 +1,8 @@
 """Real models, real audio, and a small random Whisper for what needs none.
 
 WHISPERKV_TEST_DEVICE=cuda runs the tests of the ops and of generate() on a GPU; the others stay on the CPU.
-WHISPERKV_TINY_EN and WHISPERKV_BASE name faster-whisper folders, where the packages with the weights are missing.
+WHISPERKV_TINY_EN and WHISPERKV_BASE name faster-whisper folders, where the packages with the weights are missing, and
+WHISPERKV_SPEECH a file of samples (demo_audio()[0], saved by NumPy), where soundfile is.
 """
 
 import importlib.util
@@ -81,8 +82,13 @@ def base(tmp_path_factory):
 @pytest.fixture(scope="session")
 def speech():
     """(samples, text): half a minute of synthetic speech at 16 kHz."""
+    import numpy
+
     import whisperkv
 
+    if file := os.environ.get("WHISPERKV_SPEECH"):
+        text = Path(whisperkv.__file__).parent / "data" / "speech.txt"
+        return numpy.load(file), text.read_text().strip()
     return or_skip(whisperkv.demo_audio)
 
 

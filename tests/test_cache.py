@@ -8,7 +8,7 @@ import torch
 from transformers.cache_utils import DynamicLayer
 
 from whisperkv import EvictionConfig
-from whisperkv.cache import LIVE, SelfCacheLayer, slots_for
+from whisperkv.cache import LIVE, SelfCacheLayer, Shared, slots_for
 from whisperkv.compat import _CROP_TAKES_LENGTH
 
 HEADS, DIM = 2, 8
@@ -294,6 +294,65 @@ def test_no_step_waits_for_the_device(policy, padding):
 
 
 def test_slots_for():
-    assert [slots_for(n, None, 448) for n in (1, 64, 65, 448)] == [64, 64, 128, 448]
-    assert slots_for(3, EvictionConfig(recent=64, heavy=32), 448) == 96
-    assert slots_for(3, EvictionConfig(recent=500, heavy=0), 448) == 448
+    assert [slots_for(n, 448) for n in (1, 16, 17, 100, 128, 129, 448)] == [16, 16, 32, 112, 128, 192, 448]
+    assert [slots_for(n, 448, is_captured=True) for n in (1, 64, 65, 448)] == [64, 64, 128, 448]
+    assert [slots_for(n, 90) for n in (3, 80, 81, 200)] == [16, 80, 90, 200]
+
+
+def test_beams_move_no_slots():
+    """They are reordered by a table that all layers share, and what leaves the table behind finds the same tokens."""
+    shared, moved = Shared(), Shared()
+    by_table = [SelfCacheLayer(shared=shared, index=index) for index in range(2)]
+    by_hand = [SelfCacheLayer(padding=torch.zeros(6, dtype=torch.int32), shared=moved) for _ in range(2)]
+    query, key, value = tokens(6, 40)
+    generator = torch.Generator().manual_seed(5)
+    for token in range(40):
+        outputs = [attend(layer, query, key, value, token, token + 1)[0] for layer in (*by_table, *by_hand)]
+        assert all(torch.equal(output, outputs[0]) for output in outputs[1:])
+        if token > 3:
+            places = [layer.key_slots.data_ptr() for layer in by_table]
+            rows = torch.randint(6, (6,), generator=generator)
+            for layer in (*by_table, *by_hand):
+                layer.reorder_cache(rows)
+            assert places == [layer.key_slots.data_ptr() for layer in by_table]
+            assert by_table[0].sources is by_table[1].sources and shared.spare.nbytes == 0 < moved.spare.nbytes
+    for ours, theirs in zip(by_table, by_hand):
+        assert torch.equal(ours.keys[:], theirs.keys[:]) and torch.equal(ours.values[2], theirs.values[2])
+        ours.remove(5), theirs.remove(5)
+        for layer in (ours, theirs):
+            layer.batch_select_indices(torch.tensor([0, 3, 5]))
+        assert torch.equal(ours.keys, theirs.keys) and ours.sources.numel() == 0
+        ours.reorder_cache(torch.tensor([1, 1, 0])), theirs.reorder_cache(torch.tensor([1, 1, 0]))
+        several = [x[:3, 35:].contiguous() for x in (key, value)]
+        got, want = (layer.update(*(x.transpose(1, 2) for x in several)) for layer in (ours, theirs))
+        assert all(torch.equal(a, b) for a, b in zip(got, want))
+
+
+def test_one_layer_alone_may_be_reordered():
+    shared = Shared()
+    layers = [SelfCacheLayer(shared=shared, index=index) for index in range(2)]
+    query, key, value = tokens(3, 10)
+    for layer in layers:
+        feed(layer, query, key, value, stop=8)
+    rows = torch.tensor([2, 2, 0])
+    before = [layer.keys.clone() for layer in layers]
+    layers[1].reorder_cache(rows)
+    assert torch.equal(layers[0].keys, before[0]) and torch.equal(layers[1].keys, before[1][rows])
+    layers[1].reorder_cache(rows)
+    layers[0].reorder_cache(rows)
+    assert torch.equal(layers[0].keys, before[0][rows]) and torch.equal(layers[1].keys, before[1][rows][rows])
+
+
+@pytest.mark.parametrize("policy", ["heavy_hitter", "window", "magnitude"])
+def test_the_budget_is_taken_as_it_is_needed(policy):
+    """Growing to it changes nothing of what is kept."""
+    small = SelfCacheLayer(EvictionConfig(policy, recent=30, heavy=20))
+    whole = SelfCacheLayer(EvictionConfig(policy, recent=30, heavy=20), shared=Shared(is_captured=True))
+    query, key, value = tokens(2, 80)
+    sizes = []
+    for token in range(80):
+        a, b = (attend(layer, query, key, value, token, token + 1)[0] for layer in (small, whole))
+        assert torch.equal(a, b)
+        sizes.append(small.slots)
+    assert sorted(set(sizes)) == [16, 32, 48, 50] and sizes == sorted(sizes) and whole.slots == 50
+    assert torch.equal(small.positions, whole.positions) and torch.equal(small.cursor, whole.cursor)

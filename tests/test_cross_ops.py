@@ -206,6 +206,15 @@ class TestValues:
         given = problem(rows=5, frames=300, dim=dim, bits=bits, dtype=torch.bfloat16)
         check(given | dict(query=given["query"] / 8, scale=1))
 
+    @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+    @pytest.mark.parametrize("bits", BITS)
+    def test_a_scale_that_is_a_power_of_two(self, bits, dtype):
+        """Layers leave it to the kernels, as the bits are those of a query that was scaled before."""
+        given = problem(rows=5, frames=300, bits=bits, dtype=dtype)
+        scaled = attend(given | dict(query=given["query"] / 8, scale=1.0))
+        for ours, theirs in zip(attend(given | dict(scale=0.125)), scaled):
+            assert_same_bits(ours, theirs)
+
     @settings(max_examples=40, deadline=None)
     @drawn(
         st.integers(1, 9), st.integers(1, 4), st.integers(1, 3), st.integers(1, 600), st.integers(1, 100),

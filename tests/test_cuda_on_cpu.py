@@ -68,3 +68,5 @@ def test_the_module_for_cuda_where_there_is_no_driver():
     ran = run(["-c", code], ROOT)
     assert ran.stdout.strip() == "False torch finds no GPU"
     assert "ImportError: this torch has no CUDA" in ran.stderr.splitlines()[-1]
+    probed = run(["-c", "from whisperkv import _cuda; print(_cuda.probe())"], ROOT).stdout
+    assert "driver" in probed or "no CUDA-capable device" in probed

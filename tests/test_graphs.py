@@ -3,114 +3,28 @@
 import copy
 import pickle
 import threading
-import warnings
-from contextlib import contextmanager, nullcontext
-from types import SimpleNamespace
 
 import pytest
+import recorder
 import torch
 from conftest import DEVICE
 from test_patch import generate
-from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from transformers import WhisperForConditionalGeneration
 from transformers.modeling_outputs import BaseModelOutput
 from transformers.models.whisper.modeling_whisper import WhisperDecoder
 
 from whisperkv import CrossConfig, EvictionConfig, graphs, patch, stats, unpatch
 from whisperkv.config import FORMATS
-from whisperkv.graphs import CudaGraph, GraphDecoder
+from whisperkv.graphs import GraphDecoder
 
 POLICIES = [EvictionConfig(policy, recent=8, heavy=6) for policy in ("heavy_hitter", "magnitude", "window")]
 EVICTIONS = [None, *POLICIES]
 CONFIGS = [CrossConfig(name) for name in FORMATS] + [CrossConfig("latent_int4", "padding", group=16)]
 
 
-class Refusal(RuntimeError):
-    """What no capture allows: the host would have to wait for the device, or the device for the host."""
-
-
-class Recorder(TorchDispatchMode):
-    """Writes down every op with the tensors that it was given and those that it gave."""
-
-    REFUSED = (
-        "_local_scalar_dense", "equal", "nonzero", "is_nonzero", "masked_select", "_unique2", "unique_dim",
-        "lift_fresh", "allclose",
-    )  # fmt: skip
-
-    def __init__(self):
-        super().__init__()
-        self.calls = []
-
-    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        name = op.overloadpacket.__name__
-        masks = name.startswith("index") and any(t.dtype == torch.bool for t in tensors(args[1:2]))
-        if name in self.REFUSED or masks:
-            raise Refusal(f"{op} while a graph is captured")
-        output = op(*args, **kwargs)
-        self.calls.append((op, args, kwargs, output))
-        return output
-
-
-class NoReading(TorchFunctionMode):
-    """The same for what is no op."""
-
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        if getattr(function, "__name__", "") in ("tolist", "numpy", "cpu", "item", "__bool__", "__int__", "__float__"):
-            raise Refusal(f"{function.__name__} while a graph is captured")
-        return function(*args, **(kwargs or {}))
-
-
-def tensors(tree):
-    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
-
-
-class RecordedGraph:
-    """A CUDA graph has no Python and fixed addresses. So does this: the ops of a call run again on the very same
-    tensors, and what comes out is written over what came out."""
-
-    def __init__(self, call, undo, device, workspace):
-        call()
-        undo()
-        with Recorder() as recorder, NoReading():
-            call()
-        self._calls = recorder.calls
-
-    @staticmethod
-    def stream(device):
-        return 0
-
-    @staticmethod
-    def workspace(device):
-        return None
-
-    @torch.inference_mode()  # in which tensors of either mode may be written to
-    def replay(self):
-        for op, args, kwargs, output in self._calls:
-            for old, new in zip(tensors(output), tensors(op(*args, **kwargs))):
-                if new.data_ptr() != old.data_ptr():
-                    old.copy_(new)
-
-
 @pytest.fixture
 def graph(monkeypatch):
-    """The kind of graph that these tests are about, with lists of those made and replayed."""
-
-    class Listed(RecordedGraph if DEVICE == "cpu" else CudaGraph):
-        made, replays = [], []
-
-        def __init__(self, *args):
-            super().__init__(*args)
-            self.made.append(self)
-
-        def replay(self):
-            super().replay()
-            self.replays.append(self)
-
-    monkeypatch.setitem(graphs.GRAPHS, DEVICE, Listed)
-    return Listed
+    return recorder.listed(monkeypatch)
 
 
 @pytest.fixture
@@ -774,90 +688,6 @@ def test_a_decoder_of_another_class(small, audio, graph):
     want = generate(small, audio)
     assert torch.equal(generate(patch(small), audio), want) and not graph.made
     assert type(unpatch(small).model.decoder) is Other
-
-
-# Failures
-
-
-@pytest.mark.parametrize("eviction", EVICTIONS, ids=str)
-def test_a_capture_that_fails(small, audio, graph, eviction, monkeypatch):
-    want = generate(patch(small, eviction, graphs=False), audio)
-    attempts = []
-
-    def fail(self, call, undo, device, workspace):
-        attempts.append(1)
-        call()
-        raise RuntimeError("operation not permitted when stream is capturing")
-
-    patch(small, eviction)
-    monkeypatch.setattr(graph, "__init__", fail)
-    with pytest.warns(UserWarning, match="without graphs.*not permitted when stream"):
-        assert torch.equal(generate(small, audio), want)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        assert torch.equal(generate(small, audio), want)
-    assert len(attempts) == 1
-
-
-class FakeCuda:
-    """What CudaGraph asks of torch.cuda, written down."""
-
-    def __init__(self, monkeypatch):
-        self.events, self.main = [], self.stream_of("main")
-        for name in ("device", "stream", "graph"):
-            monkeypatch.setattr(torch.cuda, name, lambda *args, name=name, **options: self.within(name))
-        monkeypatch.setattr(torch.cuda, "current_stream", lambda *args: self.main)
-        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-        graph = SimpleNamespace(replay=lambda: self.events.append("replay"))
-        monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: graph)
-
-    def stream_of(self, name):
-        return SimpleNamespace(wait_stream=lambda other: self.events.append(f"{name} waits"), cuda_stream=0)
-
-    @contextmanager
-    def within(self, name):
-        self.events += [name] if name != "device" else []
-        try:
-            yield
-        finally:
-            self.events += [f"end of {name}"] if name != "device" else []
-
-
-@pytest.mark.skipif(DEVICE != "cpu", reason="the real one is tested")
-@pytest.mark.parametrize("fails", [False, True])
-def test_how_a_cuda_graph_is_captured(monkeypatch, fails):
-    """No proof of what a GPU does: the calls and their order."""
-    fake = FakeCuda(monkeypatch)
-
-    def call():
-        fake.events.append("call")
-        if fails:
-            raise RuntimeError("no")
-
-    workspace = "memory", fake.stream_of("side")
-    warm = ["side waits", "stream", "call", "end of stream", "main waits"]
-    with pytest.raises(RuntimeError) if fails else nullcontext():
-        CudaGraph(call, lambda: fake.events.append("undo"), torch.device("cuda", 1), workspace).replay()
-    assert fake.events == warm + (["undo", "graph", "call", "end of graph", "replay"] if not fails else [])
-    assert fails or CudaGraph.stream(torch.device("cuda", 1)) == 0
-
-
-def test_the_double_refuses_what_a_capture_refuses(small, audio, graph, monkeypatch):
-    from whisperkv.cross_cache import CrossCacheLayer
-
-    want = generate(patch(small, graphs=False), audio)
-    run = CrossCacheLayer._run
-    for wait in (lambda x: x.sum().item(), lambda x: bool(x.any()), lambda x: x.nonzero(), lambda x: x.tolist()):
-
-        def waits(self, query, want_weights, wait=wait):
-            wait(query)
-            return run(self, query, want_weights)
-
-        monkeypatch.setattr(CrossCacheLayer, "_run", waits)
-        patch(small)
-        with pytest.warns(UserWarning, match="without graphs"):
-            assert torch.equal(generate(small, audio), want)
-    assert not graph.made
 
 
 # patch() and unpatch()

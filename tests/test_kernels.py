@@ -8,8 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from drawn import given, settings, st
 from reference import LIVE, PINNED, SEEN, SLOT
 from reference import compact_attention as reference_attention
 from reference import score_evict as reference_evict

@@ -11,15 +11,12 @@ import pytest
 import reference
 import torch
 from conftest import DEVICE
+from drawn import given, settings, st
 from reference import LIVE, PINNED, SEEN, SLOT
 from torch._subclasses import FakeTensorMode
 from torch.utils._pytree import tree_map_only
 
 from whisperkv import ops
-
-pytest.importorskip("hypothesis")
-from hypothesis import given, settings  # noqa: E402
-from hypothesis import strategies as st  # noqa: E402
 
 ON_CUDA = DEVICE == "cuda" or ops.ISA == "cuda_on_cpu"  # on fibers, see test_cuda_on_cpu.py
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -235,8 +232,8 @@ class TestValues:
             parents = torch.randint(rows, (rows,))
             ours["sources"] = ours["sources"][parents]
             theirs["keys"], theirs["values"] = theirs["keys"][parents], theirs["values"][parents]
-            for given in (ours, theirs):
-                given["cursor"][:PINNED] += 1
+            for each in (ours, theirs):
+                each["cursor"][:PINNED] += 1
 
     @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
     def test_large_logits(self, dtype):

@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import re
 from contextlib import nullcontext
 from types import SimpleNamespace
 
@@ -42,7 +43,7 @@ def test_unpatch_leaves_no_trace(small):
 
 
 def test_patching_again_takes_the_new_settings(small, audio):
-    for eviction, slots in ((EVICTION, 12), (None, 64), (EvictionConfig(recent=20, heavy=0), 20)):
+    for eviction, slots in ((EVICTION, 12), (None, 48), (EvictionConfig(recent=20, heavy=0), 20)):
         patch(small, eviction)
         output = generate(small, audio, return_dict_in_generate=True)
         assert self_cache_layer(output.past_key_values, 0).slots == slots
@@ -202,7 +203,10 @@ def test_stats_are_the_bytes_held(small, audio, eviction, beams):
     tensors = [
         t for layer in layers for t in (layer.key_slots, layer.value_slots, layer.cursor, layer.positions, layer.scores)
     ]
-    assert got.self_bytes == sum(t.nbytes for t in tensors if t is not None)
+    assert len({layer.sources.data_ptr() for layer in layers}) == 1  # of all layers together
+    beside = layers[0].sources.nbytes + layers[0].shared.spare.nbytes
+    assert (beside > 0) == (beams > 1)
+    assert got.self_bytes == sum(t.nbytes for t in tensors if t is not None) + beside
     cross = output.past_key_values.cross_attention_cache.layers
     assert got.cross_bytes == sum(layer.keys_of_audios.nbytes + layer.values_of_audios.nbytes for layer in cross)
     assert got.cross_bytes * beams == got.cross_bytes_transformers
@@ -311,13 +315,28 @@ def test_data_parallel(small, audio, tmp_path, wrapper):
         dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("has_kernels", [False, True])
-def test_cuda(monkeypatch, has_kernels):
-    weight = SimpleNamespace(device=torch.device("cuda:1"), is_cuda=True, dtype=torch.float16)
+@pytest.mark.parametrize(
+    "built, capability, probed, reason",
+    [
+        (False, (9, 0), "", "no nvcc"),
+        (True, (7, 5), "", "they need compute capability 8.0, and Tesla T4 has 7.5"),
+        (True, (8, 0), "no kernel image is available", "CUDA says of Tesla T4: no kernel image is available"),
+        (True, (8, 0), "", ""),
+    ],
+)
+def test_cuda(monkeypatch, built, capability, probed, reason):
+    """A GPU that the kernels do not run on is refused before the model is touched."""
+    weight = SimpleNamespace(device=torch.device("cuda:1"), is_cuda=True, is_meta=False)
     decoder = SimpleNamespace(embed_tokens=SimpleNamespace(weight=weight))
-    monkeypatch.setattr(ops, "CUDA", has_kernels)
+    monkeypatch.setattr(ops, "CUDA", built)
     monkeypatch.setattr(ops, "CUDA_REASON", "no nvcc")
-    with nullcontext() if has_kernels else pytest.raises(ValueError, match=r"cuda:1.*\(no nvcc\).*model.to\('cpu'\)"):
+    monkeypatch.setattr("whisperkv._cuda", SimpleNamespace(probe=lambda: probed), raising=False)
+    monkeypatch.setattr(torch.cuda, "device", lambda index: nullcontext())
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "Tesla T4")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capability)
+    monkeypatch.setattr(ops, "cuda_reason", ops.cuda_reason.__wrapped__)  # which remembers what it found
+    text = re.escape(f"cuda:1, and whisperkv has no CUDA kernels for it ({reason}): move it with model.to('cpu')")
+    with pytest.raises(ValueError, match=text) if reason else nullcontext():
         adoption.check_device(decoder)
 
 

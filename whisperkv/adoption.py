@@ -7,7 +7,7 @@ from transformers.models.whisper.modeling_whisper import WhisperAttention
 
 from . import ops
 from .attention import CrossAttention, SelfAttention, self_cache_layer
-from .cache import SelfCacheLayer, SpareBuffer
+from .cache import SelfCacheLayer, Shared
 from .compat import who_traces
 from .cross_cache import Audios, CrossCacheLayer, first_rows, owners_of
 from .records import DecodeRecord, Stats
@@ -51,7 +51,7 @@ class CacheAdoption:
             return None
         elif tokens == 1:
             given["attention_mask"] = None  # our layers know the padding, and transformers would have to wait for it
-        self.record = layer.record
+        self.record = layer.shared.record
         self.record.tokens = layer.seen + tokens
         return (), given
 
@@ -91,7 +91,6 @@ class CacheAdoption:
         record = DecodeRecord(
             layers=len(decoder.layers),
             width=config.d_model,
-            limit=config.max_target_positions,
             item_size=decoder.embed_tokens.weight.dtype.itemsize,
             rows=rows,
             padding=0 if padding is None else int(padding.sum()),
@@ -100,13 +99,13 @@ class CacheAdoption:
         )
         self.decodes += 1
         own = cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
-        spare, views = SpareBuffer(), Onlookers()
+        is_captured = self.graphs is not None and self.graphs.begin(decoder)
+        shared = Shared(record, is_captured)
         own.layers = [
-            SelfCacheLayer(self.eviction, config.max_target_positions, padding, spare, record, index, views)
+            SelfCacheLayer(self.eviction, config.max_target_positions, padding, shared, index)
             for index in range(record.layers)
         ]
         own.layer_class_to_replicate = None
-        is_captured = self.graphs is not None and self.graphs.begin(decoder)
         if states is not None:
             self._adopt_cross(cache, states, record, is_captured)
         return own.layers[0]
@@ -120,8 +119,9 @@ class CacheAdoption:
                 self.note = "not trimmed: this encoder output was not made by the patched model's own encoder"
         audios, views = Audios.gather(states, owners, keep, record.layers, record), Onlookers()
         record.audios, record.frames_kept = len(audios), int(audios.lengths.sum())
-        if is_captured:
-            audios.move_to(self.graphs.home_of(audios, self.cross))
+        home = self.graphs.home_of(audios, self.cross) if is_captured else None
+        if home is not None:
+            audios.move_to(home)
         cache.cross_attention_cache.layers = [
             CrossCacheLayer(self.cross, audios, owners, index, views) for index in range(record.layers)
         ]
@@ -248,9 +248,10 @@ def check_device(decoder):
     device = device_of(decoder)
     if device.type not in ("cpu", "cuda"):
         raise ValueError(f"the model is on {device}: whisperkv has kernels for cpu and cuda (model.to('cpu'))")
-    if device.type == "cuda" and not ops.CUDA:
+    reason = ops.cuda_reason(device.index) if device.type == "cuda" else ""
+    if reason:
         raise ValueError(
-            f"the model is on {device}, and whisperkv has no CUDA kernels here ({ops.CUDA_REASON}): "
+            f"the model is on {device}, and whisperkv has no CUDA kernels for it ({reason}): "
             "move it with model.to('cpu')"
         )
 

@@ -62,9 +62,11 @@ class SelfAttention(WhisperAttention):
                 hidden_states, key_value_states, past_key_values, attention_mask, output_attentions, **kwargs
             )
         shape = (*hidden_states.shape[:-1], self.num_heads, self.head_dim)
-        query, key, value = (
-            project(hidden_states).view(shape).contiguous() for project in (self.q_proj, self.k_proj, self.v_proj)
-        )
+        if layer.joined is None:
+            projected = (project(hidden_states) for project in (self.q_proj, self.k_proj, self.v_proj))
+        else:  # one row, one token
+            projected = torch.nn.functional.linear(hidden_states, *layer.joined).chunk(3, -1)
+        query, key, value = (each.view(shape).contiguous() for each in projected)
         _refuse_gradients(query, key, value)
         wanted = _wants_weights(self, output_attentions)
         output, weights = layer.attend(query, key, value, self.scaling, wanted)
@@ -90,7 +92,7 @@ class CrossAttention(WhisperAttention):
                 hidden_states, key_value_states, past_key_values, attention_mask, output_attentions, **kwargs
             )
         shape = (*hidden_states.shape[:-1], self.num_heads, self.head_dim)
-        query = (self.q_proj(hidden_states) * self.scaling).view(shape)
+        query = self.q_proj(hidden_states).view(shape)
         _refuse_gradients(query)
         if not layer.is_initialized:
             layer.fill(self)

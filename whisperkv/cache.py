@@ -4,14 +4,16 @@ Positions are added to Whisper's embeddings before the cache, so the slots may s
 concatenated or gathered from step to step; only beams, batches that change and rollbacks move tokens about.
 """
 
+from dataclasses import dataclass, field
 from operator import is_
 
 import torch
 from transformers.cache_utils import CacheLayerMixin
 
 from . import ops
+from .beams import Tables, gathered
 from .compat import tokens_to_remove
-from .homes import apart
+from .graph_memory import apart
 from .views import Onlookers, View
 
 LIVE, SLOT, SEEN, PINNED = range(4)  # rows of the cursor, as in whisperkv.h
@@ -21,15 +23,25 @@ _FAR = torch.iinfo(torch.int32).max
 _BUFFERS = ("key_slots", "value_slots", "cursor", "positions", "scores")
 
 
-def slots_for(tokens, eviction, limit):
-    """Slots to allocate for so many tokens: the budget, or without eviction the next multiple of 64."""
-    slots = -(-tokens // 64) * 64 if eviction is None else eviction.budget
-    return max(min(slots, limit), tokens)
+def slots_for(tokens, most, is_captured=False):
+    """Slots to allocate for so many tokens, of which a row holds `most`: few at first. A captured step has one graph
+    for each number of slots, and so fewer numbers."""
+    step = 64 if is_captured or tokens > 128 else 16
+    return max(min(-(-tokens // step) * step, most), tokens)
 
 
 def _gathered(slots, order):
     """Slots [rows, heads, slots, head_dim] in the order [rows, kept]."""
     return slots.gather(2, order[:, None, :, None].expand(-1, slots.shape[1], -1, slots.shape[3]))
+
+
+def advance(cursor, tokens, is_padded):
+    """Without eviction every token takes the next slot. Cursors [..., 4, rows] of any number of layers."""
+    if not is_padded:
+        cursor[..., :PINNED, :].add_(tokens)  # live, slot and seen are the same number
+        return
+    seen = cursor[..., SEEN, :].add_(tokens)
+    cursor[..., LIVE, :] = cursor[..., SLOT, :] = seen.clamp(min=0)
 
 
 class SpareBuffer:
@@ -46,11 +58,23 @@ class SpareBuffer:
             spare = slots.new_empty(shape)
         return torch.index_select(slots, 0, rows, out=spare)
 
-    def __deepcopy__(self, memo):
-        return SpareBuffer()
+    def __reduce__(self):
+        return SpareBuffer, ()
 
-    def __getstate__(self):
-        return {"_spare": None}
+    @property
+    def nbytes(self):
+        return 0 if self._spare is None else self._spare.nbytes
+
+
+@dataclass
+class Shared:
+    """What the layers of a cache have together."""
+
+    record: object = None  # for stats()
+    is_captured: bool = False  # whether graphs are to be captured over it
+    tables: Tables = field(default_factory=Tables)
+    spare: SpareBuffer = field(default_factory=SpareBuffer)
+    views: Onlookers = field(default_factory=Onlookers)
 
 
 class SelfCacheLayer(CacheLayerMixin):
@@ -58,12 +82,11 @@ class SelfCacheLayer(CacheLayerMixin):
 
     key_slots, value_slots  [rows, heads, slots, head_dim]
     cursor                  int32 [4, rows]: where each row stands, see whisperkv.h
-    sources                 int32, empty: each slot is in its own row
+    sources                 int32 [rows, slots]: the row that holds each slot, see beams.py; empty while that is its own
     positions, scores       [rows, slots] of every token, and what the policy thinks of it; with eviction only
     padding                 int [rows]: left padding of the first pass; None if no row has some
     seen                    tokens that went in, padding included: the logical length
     live                    slots in use, in the row that has most
-    views                   that were asked for, of the keys and values of all layers
     home, index             where the buffers of all layers are while graphs are replayed, and which of them this one is
     """
 
@@ -73,16 +96,13 @@ class SelfCacheLayer(CacheLayerMixin):
     supports_early_init = False
     max_cache_len = 0  # so generate() in transformers 5.10 never keeps a static cache with our layers for its next call
 
-    def __init__(self, eviction=None, limit=448, padding=None, spare=None, record=None, index=0, views=None):
-        self.index = index
+    def __init__(self, eviction=None, limit=448, padding=None, shared=None, index=0):
+        self.index, self.shared = index, shared or Shared()
         self.eviction, self.limit = eviction, limit
         self.budget = limit if eviction is None else min(eviction.budget, limit)
         # The policy's name in C: a function of the user's is given the attention received so far.
         self.policy = "heavy_hitter" if eviction is None or callable(eviction.policy) else eviction.policy
         self.reads_attention = eviction is not None and self.policy in _READS_ATTENTION
-        self.spare = spare or SpareBuffer()
-        self.record = record  # of the whole cache; for stats()
-        self.views = views or Onlookers()
         self.reset()
         self.padding = padding
 
@@ -123,13 +143,13 @@ class SelfCacheLayer(CacheLayerMixin):
         checks an assistant's guesses, may leave more than the budget, and the pass after it settles that."""
         if self.eviction is None:
             if self.live + tokens > self.slots:
-                self._resize(slots_for(self.live + tokens, None, self.limit))
+                self._resize(self._slots_for(self.live + tokens))
             return
         self.views.dismiss()
         if self.slots > self.budget:
             self._settle()
-        if tokens > 1:
-            self._resize(max(self.budget, self.live + tokens))
+        if tokens > 1 or self.slots < min(self.live + tokens, self.budget):
+            self._resize(self._slots_for(self.live + tokens))
             self.cursor[SLOT] = self.cursor[LIVE]
 
     def count(self, tokens):
@@ -146,6 +166,7 @@ class SelfCacheLayer(CacheLayerMixin):
             )
         tokens, start = key_states.shape[2], self.live
         self._make_room(key_states, tokens)
+        self._bring_together()
         if self.padding is not None:
             return self._update_padded(key_states, value_states)
         self.key_slots[:, :, start : start + tokens] = key_states
@@ -182,7 +203,7 @@ class SelfCacheLayer(CacheLayerMixin):
     def lazy_initialization(self, key_states, value_states):
         rows, heads, tokens, head_dim = key_states.shape
         self.dtype, self.device = key_states.dtype, key_states.device
-        slots = slots_for(tokens, self.eviction, self.limit)
+        slots = self._slots_for(tokens)
         self.key_slots, self.value_slots = (key_states.new_empty(rows, heads, slots, head_dim) for _ in range(2))
         self.cursor = torch.zeros(4, rows, dtype=torch.int32, device=self.device)
         if self.padding is not None:
@@ -195,6 +216,7 @@ class SelfCacheLayer(CacheLayerMixin):
             if self.eviction.pin_prompt:
                 self.cursor[PINNED] = tokens + self.cursor[SEEN]
         self.is_initialized = True
+        self._note_slots()
 
     def get_seq_length(self):
         return self.seen
@@ -235,6 +257,7 @@ class SelfCacheLayer(CacheLayerMixin):
         self.seen -= count
         self.cursor[SEEN] -= count
         if self.eviction is None:
+            self._bring_together()
             self.live -= count
             self.cursor[LIVE] = self.cursor[SLOT] = self.cursor[SEEN].clamp(min=0)
             return
@@ -252,17 +275,27 @@ class SelfCacheLayer(CacheLayerMixin):
             return
         self.views.dismiss()
         if self.is_home and len(rows) == self.batch_size:
-            self.home.reorder_slots(self.index, beam_idx)
+            self.home.reorder_slots(self.index, beam_idx, self.live)
             self._select_padding(rows)
-            return
-        self.key_slots = self.spare.reordered(self.key_slots, rows)
-        self.value_slots = self.spare.reordered(self.value_slots, rows)
-        self._select_state(rows)
+        elif self.is_exact and len(rows) == self.batch_size:
+            tables = self.shared.tables  # beam_idx is the same tensor for all layers
+            if self.sources.numel() == 0:
+                self.sources = tables.begun(beam_idx, self.slots, self.live)
+            else:
+                self.sources = tables.reordered(self.sources, beam_idx, self.live)
+            self._note_slots()
+        else:
+            self._bring_together()
+            self.key_slots = self.shared.spare.reordered(self.key_slots, rows)
+            self.value_slots = self.shared.spare.reordered(self.value_slots, rows)
+            self._select_state(rows)
+            self._note_slots()
 
     def batch_select_indices(self, indices):
         if not self.is_initialized:
             return
         self.views.dismiss()
+        self._bring_together()
         rows = torch.arange(self.batch_size, device=self.device)[indices]  # numbers or a mask
         self.key_slots, self.value_slots = self.key_slots[rows], self.value_slots[rows]
         self._select_state(rows)
@@ -297,6 +330,8 @@ class SelfCacheLayer(CacheLayerMixin):
 
     def floats(self, part, rows, tokens):
         slots = (self.key_slots, self.value_slots)[part]
+        if self.sources.numel():
+            slots = gathered(slots, self.sources)
         every = rows == tuple(range(self.batch_size))
         if self.is_exact and every:
             held = slots[:, :, :tokens]
@@ -313,6 +348,12 @@ class SelfCacheLayer(CacheLayerMixin):
         return self.key_slots, self.value_slots, self.cursor, self.positions, self.scores
 
     @property
+    def joined(self):
+        """Weight and bias of the query's, key's and value's projections in one, in a captured step that has them."""
+        joined = self.home and self.home.joined
+        return joined and joined.of_layer[self.index]
+
+    @property
     def is_home(self):
         """Whether all buffers are where graphs expect them: what changes their shape leaves with a new buffer."""
         return self.home is not None and all(map(is_, self.buffers, self.home.of_layer[self.index]))
@@ -323,11 +364,17 @@ class SelfCacheLayer(CacheLayerMixin):
             if there is not None:
                 there.copy_(getattr(self, name))
             setattr(self, name, there)
+        if home.sources is not None:  # one table for all layers
+            if self.index == 0:
+                home.sources.copy_(self.sources)
+            self.sources = home.sources
         self.home = home
+        self._note_slots()
 
     def leave(self):
         for name in _BUFFERS:
             setattr(self, name, apart(getattr(self, name)))
+        self.sources = apart(self.sources)
         self.home = None
 
     # How it works
@@ -336,9 +383,32 @@ class SelfCacheLayer(CacheLayerMixin):
     def slots(self):
         return self.key_slots.shape[2]
 
+    @property
+    def views(self):
+        return self.shared.views
+
+    def _slots_for(self, tokens):
+        if self.eviction is not None and self.shared.is_captured:
+            return max(self.budget, tokens)
+        return slots_for(tokens, self.budget, self.shared.is_captured)
+
+    def _note_slots(self):
+        """For stats(), which keep no cache alive."""
+        record = self.shared.record
+        if record is not None:
+            record.slots, record.spare_bytes = self.slots, self.shared.spare.nbytes + self.sources.nbytes
+
+    def _bring_together(self):
+        """Every slot into its own row."""
+        if self.sources.numel() == 0:
+            return
+        slots = self.key_slots, self.value_slots
+        self.key_slots, self.value_slots = (gathered(each, self.sources).contiguous() for each in slots)
+        self.sources = self.sources.new_empty(0, 0)
+
     def _most(self, tokens):
         """Slots that are in use after a pass over so many tokens, at most."""
-        return self.slots if self.eviction is None or tokens > 1 else self.budget
+        return self.slots if self.eviction is None or tokens > 1 else min(self.budget, self.slots)
 
     @property
     def _worth(self):
@@ -379,16 +449,15 @@ class SelfCacheLayer(CacheLayerMixin):
 
         if slots != self.slots:
             self.key_slots, self.value_slots = resized(self.key_slots, 2), resized(self.value_slots, 2)
+            if self.sources.numel():
+                self.sources = self.shared.tables.resized(self.sources, slots)
             if self.eviction is not None:
                 self.positions, self.scores = resized(self.positions, 1), resized(self.scores, 1)
+            self._note_slots()
 
     def _advance(self, tokens):
-        """Without eviction every token takes the next slot."""
-        if self.padding is None:
-            self.cursor[:PINNED].add_(tokens)  # live, slot and seen are the same number
-        else:
-            self.cursor[SEEN] += tokens
-            self.cursor[LIVE] = self.cursor[SLOT] = self.cursor[SEEN].clamp(min=0)
+        if self.home is None or not self.home.captures:
+            advance(self.cursor, tokens, self.padding is not None)
 
     def _evict(self, weights, tokens):
         eviction = self.eviction
@@ -428,7 +497,7 @@ class SelfCacheLayer(CacheLayerMixin):
         in_order = self.positions.gather(1, kept).masked_fill(~alive, _FAR).argsort(dim=-1, stable=True)
         self._keep(kept.gather(1, in_order), alive.sum(-1))
         self.live = min(self.live, self.budget)
-        self._resize(self.budget)
+        self._resize(self._slots_for(self.live))
         self._choose()
 
     def _keep(self, order, live):

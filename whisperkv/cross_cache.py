@@ -5,6 +5,7 @@ bits, or ("latent") the encoder's output alone, once for all layers. K = E Wk an
 E itself: the query times Wk before, Wv and bv after the weighted sum.
 """
 
+import math
 import warnings
 import weakref
 from contextlib import nullcontext
@@ -17,7 +18,7 @@ from transformers.cache_utils import CacheLayerMixin
 
 from . import ops
 from .config import CrossConfig
-from .homes import apart
+from .graph_memory import apart
 from .views import Onlookers, View
 
 ROOM = 128  # a home has room for a multiple of so many frames, that audios trimmed to other lengths may follow in it
@@ -256,8 +257,8 @@ class CrossCacheLayer(CacheLayerMixin):
         self.is_initialized = True
 
     def attend(self, query, attention, want_weights):
-        """query [rows, tokens, heads, head_dim], scaled: output of the same shape, and the weights over all frames
-        that were heard [rows, heads, tokens, frames] if they are wanted."""
+        """query [rows, tokens, heads, head_dim]: output of the same shape, and the weights over all frames that were
+        heard [rows, heads, tokens, frames] if they are wanted."""
         self.attention = weakref.ref(attention)
         if len(query) != len(self.owner):
             raise ValueError(
@@ -270,12 +271,14 @@ class CrossCacheLayer(CacheLayerMixin):
                 'of a quantized cache, not exact; format="model" or "latent" gives exact ones',
                 stacklevel=2,
             )
-        dtype, query = query.dtype, query.to(self.dtype)  # autocast may be on at one pass and off at the next
+        dtype, query, scale = query.dtype, query.to(self.dtype), attention.scaling  # autocast may come and go
+        if math.frexp(scale)[0] != 0.5:  # no power of two: the scaled query is rounded, as in transformers
+            query, scale = query * scale, 1.0
         if self.config.is_latent:
             with torch.autocast(self.device.type, enabled=False) if _is_autocast(self.device) else nullcontext():
-                output, weights = self._attend_latent(query, attention, want_weights)
+                output, weights = self._attend_latent(query, scale, attention, want_weights)
         else:
-            output, weights = self._run(query, want_weights)
+            output, weights = self._run(query, scale, want_weights)
         return output.to(dtype), self._all_frames(weights) if want_weights else None
 
     # What transformers calls
@@ -385,21 +388,21 @@ class CrossCacheLayer(CacheLayerMixin):
             return None
         return View(self, part, tuple(range(len(self.owner))), self.audios.frames)
 
-    def _run(self, query, want_weights):
+    def _run(self, query, scale, want_weights):
         keys, values, audios = self.keys_of_audios, self.values_of_audios, self.audios
         return ops.cross_attention(
             query, keys.data, values.data, keys.scales, values.scales, self.owner, audios.lengths,
-            audios.room, self.config.group, 1.0, want_weights,
+            audios.room, self.config.group, scale, want_weights,
         )  # fmt: skip
 
-    def _attend_latent(self, query, attention, want_weights):
+    def _attend_latent(self, query, scale, attention, want_weights):
         rows, tokens, heads, head_dim = query.shape
         width = heads * head_dim
         key_weight, value_weight = attention.k_proj.weight, attention.v_proj.weight
         by_head = query.reshape(-1, heads, head_dim).transpose(0, 1)  # [heads, rows * tokens, head_dim]
         folded = (by_head.to(key_weight.dtype) @ key_weight.view(heads, head_dim, width)).to(query.dtype)
         folded = folded.transpose(0, 1).contiguous().view(rows, tokens * heads, 1, width)
-        mixed, weights = self._run(folded, want_weights)
+        mixed, weights = self._run(folded, scale, want_weights)
         mixed = mixed.view(-1, heads, width).transpose(0, 1).to(value_weight.dtype)
         output = mixed @ value_weight.view(heads, head_dim, width).transpose(1, 2)
         output = output.transpose(0, 1).reshape(query.shape)

@@ -1,40 +1,32 @@
 """A decode step as one captured graph, replayed.
 
 A step launches hundreds of small kernels, and the host takes longer to launch them than the device to run them. All
-that they read and write is at fixed addresses here: the weights; the caches' buffers, in memory that later caches of
-the same shape find again (homes.py); and the tokens and their positions, which are copied in before each replay. So
-one graph serves the steps of all chunks and calls of one shape. Whatever is not a plain step of one token runs as ever.
+that they read and write is at fixed addresses here: the weights (snapshot.py); the caches' buffers, in memory that
+later caches of the same shape find again (graph_memory.py); and the tokens and their positions, which are copied in
+before each replay. So one graph serves the steps of all chunks and calls of one shape. Whatever is not a plain step of
+one token runs as ever.
 """
 
 import functools
 import threading
 import warnings
 from collections import OrderedDict
+from typing import NamedTuple
 
 import torch
-from torch import nn
-from torch.nn.modules.module import _has_any_global_hook
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
-from transformers.models.whisper.modeling_whisper import (
-    WhisperDecoder,
-    WhisperDecoderLayer,
-    WhisperPositionalEmbedding,
-)
+from transformers.models.whisper.modeling_whisper import WhisperDecoder
 
-from .attention import CrossAttention, SelfAttention
-from .cache import SelfCacheLayer
-from .compat import CAPTURING, record_outputs_as
+from .cache import SelfCacheLayer, advance
+from .compat import record_outputs_as
 from .cross_cache import CrossCacheLayer, CrossHome, CrossLayout
-from .homes import Pool, SelfHome, SelfLayout
+from .graph_memory import Pool, SelfHome, SelfLayout
+from .snapshot import Snapshot, hooks_so_far
 
 MOST = 64  # graphs kept, the last ones used
+ATTEMPTS = 3  # at a capture that memory is too short for; after so many there are no more
 
-# What a decoder may be made of, and what its forward may be given; all else runs without graphs.
-_MODULES = (
-    nn.ModuleList, nn.Linear, nn.LayerNorm, nn.Embedding, WhisperPositionalEmbedding, WhisperDecoderLayer,
-    SelfAttention, CrossAttention,
-)  # fmt: skip
-_ACTIVATIONS = ("torch.nn.modules.activation", "transformers.activations")
+# What a decoder's forward may be given; all else runs without graphs.
 _ARGUMENTS = {
     "input_ids", "attention_mask", "encoder_hidden_states", "past_key_values", "position_ids", "use_cache",
     "return_dict",
@@ -54,24 +46,27 @@ class CudaGraph:
 
     @staticmethod
     def workspace(device):
-        """For all graphs of a stream: memory for what lies between, and a stream to capture on."""
-        return torch.cuda.graph_pool_handle(), torch.cuda.Stream(device)
+        """For all graphs of a stream: memory for what lies between, a stream to try a call on and one to capture it on.
+        They differ, as cuBLAS has memory of its own on each: what it has where nothing runs before a capture lies in
+        the graphs' memory, and nobody else can make it go away."""
+        return torch.cuda.graph_pool_handle(), torch.cuda.Stream(device), torch.cuda.Stream(device)
 
     def __init__(self, call, undo, device, workspace):
         """undo() takes back what call() did."""
-        memory, side = workspace
+        memory, aside, side = workspace
         self._device, self._graph = device, torch.cuda.CUDAGraph()
         with torch.cuda.device(device), self._capturing:
             stream = torch.cuda.current_stream()
-            side.wait_stream(stream)
+            aside.wait_stream(stream)
             try:
-                with torch.cuda.stream(side):
+                with torch.cuda.stream(aside):
                     call()  # kernels are loaded and libraries started by the first call, which no graph can do
             finally:
-                stream.wait_stream(side)
+                stream.wait_stream(aside)
             undo()
-            with torch.cuda.graph(self._graph, pool=memory, stream=side, capture_error_mode="thread_local"):
-                call()
+            with torch.cuda.stream(stream):  # which a capture that fails at its end does not come back to by itself
+                with torch.cuda.graph(self._graph, pool=memory, stream=side, capture_error_mode="thread_local"):
+                    call()
 
     def replay(self):
         with torch.cuda.device(self._device):
@@ -102,11 +97,12 @@ class Graphs:
     """The captured steps of one patched model."""
 
     def __init__(self):
-        self._decoder = None  # a _Snapshot
+        self._decoder = None  # a Snapshot
         self._graphs = OrderedDict()
         self._pools, self._workspaces = {}, {}  # by device and stream
         self._lock = threading.Lock()
-        self._failed = False
+        self._failed = False  # for good
+        self._waits, self._shortages = False, 0  # until the next decode, for memory; how often so far
 
     def __reduce__(self):
         return Graphs, ()  # a copy of the model captures its own
@@ -118,12 +114,14 @@ class Graphs:
         device = decoder.embed_tokens.weight.device
         if self._failed or not _is_ordinary(device) or GRAPHS[device.type].stream(device) is None:
             return False
+        self._waits = False
         self._look_at(decoder)
         return self._decoder.is_plain
 
     def home_of(self, audios, config):
-        """A home for audios that are about to be held."""
-        return self._lease(CrossHome, CrossLayout.of(audios, self._decoder.heads, config), audios.states.device)
+        """A home for audios that are about to be held; None if there is no memory for it."""
+        layout = CrossLayout.of(audios, self._decoder.heads, config)
+        return self._tried(lambda: self._lease(CrossHome, layout, audios.states.device))
 
     # At each pass
 
@@ -132,63 +130,82 @@ class Graphs:
         if self._failed or not _is_plain_step(decoder, given):
             return None
         ids, states, past = (given.get(name) for name in ("input_ids", "encoder_hidden_states", "past_key_values"))
-        layers, audio_layers = _layers(decoder, past, states is not None, len(ids))
+        layers, audio_layers = _layers(decoder, past, states is not None)
         stream = GRAPHS[ids.device.type].stream(ids.device)
-        if layers is None or stream is None or not self._is_unchanged(decoder):
+        if layers is None or stream is None:
             return None
-        for layer in layers:
-            layer.make_room(1)
-        home = self._home(layers, audio_layers)
-        if home is None:
+        if not self._goes_on(decoder, layers, audio_layers, stream):
+            if not self._prepared(decoder, layers, audio_layers, len(ids)):
+                return None
+        home = layers[0].home
+        if len(ids) != len(home.ids):
             return None
-
-        def call():
-            output = forward(
-                input_ids=home.ids,
-                attention_mask=home.ids[:, None, None],  # of four dimensions, so that transformers makes none
-                encoder_hidden_states=states,
-                past_key_values=past,
-                position_ids=home.places,
-                use_cache=True,
-            ).last_hidden_state
-            assert output.dtype == home.hidden.dtype
-            home.hidden.copy_(output)
 
         home.ids.copy_(ids)
         if given.get("position_ids") is None:
             home.places.fill_(layers[0].seen)
         else:
             home.places.copy_(given["position_ids"])
-        key = stream, home.key, audio_layers[0].audios.home.key if audio_layers else None, self._decoder
-        graph = self._graph(key, lambda: self._captured(call, home, layers, ids.device, stream))
-        if graph is None:
+        if home.replay is None:
+            home.replay = self._replay(home, stream, layers, audio_layers, forward, states, past)
+        if home.replay is None:
             return None
-        graph.replay()
-        for layer in layers:
-            layer.count(1)
+        home.replay.graph.replay()
+        layers[0].count(1)
+        for layer in layers[1:]:
+            layer.seen, layer.live = layers[0].seen, layers[0].live
         return BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=home.hidden.clone(), past_key_values=past)
 
     # How it works
 
-    def _home(self, layers, audio_layers):
-        """Where the buffers are that a graph has to do with. Those that are elsewhere move there."""
-        if _are_home(layers, audio_layers):
-            return layers[0].home
+    def _goes_on(self, decoder, layers, audio_layers, stream):
+        """Whether the step before was replayed, and all that its graph takes for granted is still so."""
+        first, replay = layers[0], layers[0].home and layers[0].home.replay
+        if replay is None:
+            return False
+        first.make_room(1)  # where this does something, for one layer as for all, its buffers are no longer at home
+        return (
+            replay.hooks == hooks_so_far()
+            and replay.stream == stream
+            and replay.decoder is self._decoder
+            and replay.decoder.embeddings == decoder.embed_tokens.weight.data_ptr()
+            and first.seen < decoder.max_target_positions
+            and (audio_layers[0].audios.home if audio_layers else None) is replay.audios
+            and _are_home(layers, audio_layers)
+        )
+
+    def _prepared(self, decoder, layers, audio_layers, rows):
+        """Whether a graph can have to do with this cache, whose buffers are then at a home."""
+        if self._waits or not self._is_unchanged(decoder) or not _are_ours(decoder, layers, audio_layers, rows):
+            return False
+        for layer in layers:
+            layer.make_room(1)
+        if not _are_home(layers, audio_layers):
+            if not self._moved(layers, audio_layers) or not _are_home(layers, audio_layers):
+                return False
+        layers[0].home.replay = None
+        return True
+
+    def _moved(self, layers, audio_layers):
+        """Whether all buffers now are where a graph would find them."""
         layouts = {
             SelfLayout(
-                len(layers), *layer.key_slots.shape, layer.key_slots.dtype, layer.eviction, layer.padding is not None
+                len(layers), *layer.key_slots.shape, layer.key_slots.dtype, layer.eviction, layer.padding is not None,
+                layer.sources.numel() > 0,
             )
             for layer in layers
         }
-        if len(layouts) > 1:
-            return None
-        for layer in (*layers, *audio_layers):
-            layer.leave()  # the memory may be the same again, laid out for more slots, say
-        partner = audio_layers[0].audios.home.key if audio_layers else None
-        home = self._lease(SelfHome, *layouts, layers[0].device, partner)
-        for layer in (*layers, *audio_layers):
-            layer.move_to(home)
-        return home
+
+        def move():
+            for layer in (*layers, *audio_layers):
+                layer.leave()  # the memory may be the same again, laid out for more slots, say
+            partner = audio_layers[0].audios.home.key if audio_layers else None
+            home = self._lease(SelfHome, *layouts, layers[0].device, partner)
+            for layer in (*layers, *audio_layers):
+                layer.move_to(home)
+            return True
+
+        return len(layouts) == 1 and self._tried(move)
 
     def _lease(self, kind, layout, device, partner=None):
         with self._lock:
@@ -196,18 +213,46 @@ class Graphs:
         with torch.inference_mode(False):  # what is made in inference mode could not be written to outside it
             return kind(pool.lease(layout, partner))
 
-    def _graph(self, key, capture):
+    def _replay(self, home, stream, layers, audio_layers, forward, states, past):
+        """The graph of a step of this cache; None if it cannot be captured."""
+        hooks, first, joined = hooks_so_far(), layers[0], None
+        if len(home.ids) == 1:
+            joined = self._tried(self._decoder.joined)
+            if joined is None:
+                return None
+
+        def call():
+            home.captures, home.joined = True, joined
+            try:
+                output = forward(
+                    input_ids=home.ids,
+                    attention_mask=home.ids[:, None, None],  # of four dimensions, so that transformers makes none
+                    encoder_hidden_states=states,
+                    past_key_values=past,
+                    position_ids=home.places,
+                    use_cache=True,
+                ).last_hidden_state
+            finally:
+                home.captures, home.joined = False, None
+            if first.eviction is None:
+                advance(home.cursors, 1, first.padding is not None)
+            assert output.dtype == home.hidden.dtype
+            home.hidden.copy_(output)
+
+        audios = audio_layers[0].audios.home if audio_layers else None
+        key = stream, home.key, audios and audios.key, self._decoder
         with self._lock:
             graph = self._graphs.pop(key, None)
-        graph = graph or capture()
-        if graph is not None:
-            with self._lock:
-                self._graphs[key] = graph  # the last one used is the last one to go
-                if len(self._graphs) > MOST:
-                    self._graphs.popitem(last=False)
-        return graph
+        graph = graph or self._captured(call, home, layers, stream)
+        if graph is None:
+            return None
+        with self._lock:
+            self._graphs[key] = graph  # the last one used is the last one to go
+            if len(self._graphs) > MOST:
+                self._graphs.popitem(last=False)
+        return Replay(graph, self._decoder, hooks, stream, audios)
 
-    def _captured(self, call, home, layers, device, stream):
+    def _captured(self, call, home, layers, stream):
         """The graph of a call, of which nothing else is left; None if it cannot be captured."""
         before = [tensor.clone() for tensor in home.state]
         counts = [(layer.seen, layer.live) for layer in layers]
@@ -218,60 +263,53 @@ class Graphs:
             for layer, count in zip(layers, counts):
                 layer.seen, layer.live = count
 
+        device = home.ids.device
         kind = GRAPHS[device.type]
         with self._lock:
             if (device, stream) not in self._workspaces:
                 self._workspaces[device, stream] = kind.workspace(device)
         try:
-            return kind(call, undo, device, self._workspaces[device, stream])
-        except Exception as error:
-            self._failed = True
-            warnings.warn(f"whisperkv decodes without graphs, as a step could not be captured: {error}", stacklevel=2)
-            return None
+            return self._tried(lambda: kind(call, undo, device, self._workspaces[device, stream]))
         finally:
             undo()
 
+    def _tried(self, make):
+        """make(), or None with a warning. Where memory was too short, the next decode tries again."""
+        try:
+            return make()
+        except Exception as error:
+            self._shortages += _is_short_of_memory(error)
+            self._waits = _is_short_of_memory(error) and self._shortages < ATTEMPTS
+            self._failed = not self._waits
+            when = f" until the next one begins (attempt {self._shortages} of {ATTEMPTS})" if self._waits else ""
+            warnings.warn(
+                f"whisperkv decodes without graphs{when}, as a step could not be captured: {error}", stacklevel=2
+            )
+            return None
+
     def _look_at(self, decoder):
-        snapshot = _Snapshot(decoder)
+        snapshot = Snapshot(decoder)
         if self._decoder is None or snapshot.facts != self._decoder.facts:
-            self._decoder = snapshot
+            with self._lock:
+                self._decoder = snapshot
+                self._graphs.clear()  # they are over weights that are elsewhere now
 
     def _is_unchanged(self, decoder):
         """Whether no module below the decoder has a hook or is of a kind that we do not know. Each decode looks at all
         weights when it begins; a step does at those that must have moved if the model has."""
         if self._decoder is None or self._decoder.embeddings != decoder.embed_tokens.weight.data_ptr():
             self._look_at(decoder)
-        return self._decoder.is_plain and not self._decoder.is_hooked and not _has_any_global_hook()
+        return self._decoder.is_plain and not self._decoder.is_hooked
 
 
-class _Snapshot:
-    """What graphs take for granted of a decoder: which modules it has, and where their weights are."""
+class Replay(NamedTuple):
+    """A graph that may be replayed for the next step of a cache as well, if the rest is still so."""
 
-    def __init__(self, decoder):
-        modules = list(decoder.modules())[1:]
-        held = [each for module in modules for each in (*module._parameters.values(), *module._buffers.values())]
-        tensors = [tensor for tensor in held if tensor is not None]
-        self.is_plain = all(
-            (type(module) in _MODULES or type(module).__module__ in _ACTIVATIONS)
-            and "forward" not in vars(module)
-            and module._compiled_call_impl is None
-            and not module.training
-            for module in modules
-        ) and all(type(tensor) in (torch.Tensor, nn.Parameter) for tensor in tensors)
-        self.facts = self.is_plain and (
-            [id(module) for module in modules],
-            [(tensor.data_ptr(), tensor.dtype) for tensor in tensors],
-        )
-        self.embeddings = decoder.embed_tokens.weight.data_ptr()
-        self.heads = decoder.config.decoder_attention_heads
-        self._hooks = [hooks for module in modules for hooks in (module._forward_hooks, module._forward_pre_hooks)]
-
-    @property
-    def is_hooked(self):
-        """By others than transformers, which leaves hooks behind that do nothing unless outputs are asked for."""
-        return any(
-            getattr(hook, "__module__", "") != CAPTURING for hooks in self._hooks if hooks for hook in hooks.values()
-        )
+    graph: object
+    decoder: Snapshot
+    hooks: int  # registered so far
+    stream: int
+    audios: CrossHome | None
 
 
 def _is_ordinary(device):
@@ -303,33 +341,59 @@ def _is_plain_step(decoder, given):
     )
 
 
-def _layers(decoder, past, hears, rows):
-    """The layers of the self- and the cross-attention cache if they are ours, filled and of so many rows; else None."""
+def _layers(decoder, past, hears):
+    """The layers of the self- and the cross-attention cache if they are ours, else None."""
     count = len(decoder.layers)
     layers = getattr(getattr(past, "self_attention_cache", past), "layers", ())
     audio_layers = getattr(getattr(past, "cross_attention_cache", None), "layers", ()) if hears else ()
-    if len(layers) != count or len(audio_layers) != (count if hears else 0) or type(layers[0]) is not SelfCacheLayer:
-        return None, None
+    kinds = [SelfCacheLayer] * count + [CrossCacheLayer] * (count if hears else 0)
+    return (layers, audio_layers) if [*map(type, layers), *map(type, audio_layers)] == kinds else (None, None)
+
+
+def _are_ours(decoder, layers, audio_layers, rows):
+    """Whether all layers are filled, and of so many rows."""
     first = layers[0]
-    ours = (
+    return (
         0 < first.seen < decoder.max_target_positions
         and first.batch_size == rows
         and first.device == decoder.embed_tokens.weight.device
         and not first.is_ranked
-        and all(type(layer) is SelfCacheLayer and layer.seen == first.seen for layer in layers)
+        and all(layer.seen == first.seen for layer in layers)
         and all(
-            type(layer) is CrossCacheLayer
-            and layer.is_home
-            and layer.audios is audio_layers[0].audios
-            and layer.owner.shape[0] == rows
+            layer.is_home and layer.audios is audio_layers[0].audios and layer.owner.shape[0] == rows
             for layer in audio_layers
         )
     )
-    return (layers, audio_layers) if ours else (None, None)
 
 
 def _are_home(layers, audio_layers):
-    home = layers[0].home
-    return all(layer.home is home and layer.is_home for layer in layers) and all(
-        layer.owner is home.owner for layer in audio_layers
+    """Whether all layers have their buffers in one home, and the same number of tokens. This is looked at before each
+    step, so it is a loop without calls."""
+    home, audios = layers[0].home, audio_layers[0].audios if audio_layers else None
+    if home is None or (audios is not None and audios.home is None):
+        return False
+    seen, live = layers[0].seen, layers[0].live
+    return all(
+        layer.key_slots is keys
+        and layer.value_slots is values
+        and layer.cursor is cursor
+        and layer.positions is positions
+        and layer.scores is scores
+        and (home.sources is None or layer.sources is home.sources)
+        and layer.seen == seen
+        and layer.live == live
+        for layer, (keys, values, cursor, positions, scores) in zip(layers, home.of_layer)
+    ) and all(
+        layer.owner is home.owner
+        and layer.audios is audios
+        and layer.keys_of_audios is keys
+        and layer.values_of_audios is values
+        for layer, (keys, values) in zip(audio_layers, () if audios is None else audios.home.of_layer)
     )
+
+
+def _is_short_of_memory(error):
+    """What is raised when a capture ends may hide what went wrong in it."""
+    while error is not None and "out of memory" not in str(error):
+        error = error.__context__
+    return error is not None

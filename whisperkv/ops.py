@@ -1,5 +1,6 @@
 """The torch ops, implemented in C: csrc/whisperkv.h says what they do, tests/reference.py does the same in PyTorch."""
 
+import functools
 import os
 
 try:
@@ -11,6 +12,8 @@ from . import _torch
 
 POLICIES = _torch.POLICIES  # (name, reads_attention, reads_key_norm); a policy's number is its place
 ISA = _torch.ISA
+
+LEAST_CAPABILITY = (8, 0)  # of a GPU: Ampere
 
 _LIBRARIES = [os.path.join(os.path.dirname(torch.__file__), "lib", f"libtorch_{name}.so") for name in ("cpu", "cuda")]
 _torch.register(_LIBRARIES[0])
@@ -31,6 +34,23 @@ def _start_cuda():
 
 CUDA_REASON = _start_cuda()
 CUDA = not CUDA_REASON
+
+
+@functools.cache
+def cuda_reason(index):
+    """ "" if the ops take tensors of the GPU of that number, else why not."""
+    if not CUDA:
+        return CUDA_REASON
+    from . import _cuda
+
+    name, capability = torch.cuda.get_device_name(index), torch.cuda.get_device_capability(index)
+    if capability < LEAST_CAPABILITY:
+        least, has = (".".join(map(str, each)) for each in (LEAST_CAPABILITY, capability))
+        return f"they need compute capability {least}, and {name} has {has}"
+    with torch.cuda.device(index):
+        problem = _cuda.probe()
+    return problem and f"CUDA says of {name}: {problem}"
+
 
 _NO_GRADIENT = "and no gradient can pass through a cache: call under torch.no_grad()"
 

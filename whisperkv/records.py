@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass
 
-from .cache import slots_for
 from .config import EvictionConfig
 
 
@@ -41,7 +40,6 @@ class DecodeRecord:
 
     layers: int
     width: int  # heads * head_dim
-    limit: int  # tokens that the model can take
     item_size: int
     rows: int
     padding: int  # left padding, over all rows
@@ -51,16 +49,16 @@ class DecodeRecord:
     frames_kept: int = 0
     cross_bytes: int = 0
     tokens: int = 0
+    slots: int = 0  # that each row has
+    spare_bytes: int = 0  # what reordering beams takes beside them
 
     def stats(self, decodes, note) -> Stats:
         token = 2 * self.layers * self.rows * self.width * self.item_size  # keys and values
         state, evicted = 4 * 4 * self.rows, 0  # the cursor
-        if self.eviction is None:
-            slots = slots_for(self.tokens, None, self.limit)
-        else:
-            slots = slots_for(0, self.eviction, self.limit)
-            state += 2 * 4 * slots * self.rows  # positions and scores
-            evicted = max(self.rows * self.tokens - self.padding - self.rows * slots, 0)
+        if self.eviction is not None:
+            state += 2 * 4 * self.slots * self.rows  # positions and scores
+            held = max(self.eviction.budget, self.slots)  # more than the budget until the pass after a long prompt
+            evicted = max(self.rows * (self.tokens - held) - self.padding, 0)
         return Stats(
             rows=self.rows,
             tokens=self.tokens,
@@ -68,7 +66,7 @@ class DecodeRecord:
             frames=self.frames,
             frames_kept=self.frames_kept,
             evicted=evicted,
-            self_bytes=token * slots + self.layers * state,
+            self_bytes=token * self.slots + self.layers * state + self.spare_bytes,
             self_bytes_transformers=token * self.tokens,
             cross_bytes=self.cross_bytes,
             cross_bytes_transformers=token * self.frames,

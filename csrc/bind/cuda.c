@@ -2,6 +2,7 @@
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
 
+#include "../whisperkv.h"
 #include "torch_ops.h"
 
 static PyObject *register_kernels(PyObject *const module, PyObject *const paths) {
@@ -22,9 +23,17 @@ static PyObject *register_kernels(PyObject *const module, PyObject *const paths)
   Py_RETURN_NONE;
 }
 
+static PyObject *probe(PyObject *const module, PyObject *const nothing) {
+  (void)module, (void)nothing;
+  const char *const wrong = wkv_cuda_probe();
+  return PyUnicode_FromString(wrong ? wrong : "");
+}
+
 static PyMethodDef methods[] = {{"register", register_kernels, METH_VARARGS,
                                  "register(path of libtorch_cpu, path of libtorch_cuda): the ops of "
                                  "torch.ops.whisperkv work on CUDA tensors from then on."},
+                                {"probe", probe, METH_NOARGS,
+                                 "probe(): \"\" if the kernels run on the current device, else what CUDA says."},
                                 {NULL, NULL, 0, NULL}};
 static PyModuleDef_Slot slots[] = {{0, NULL}};
 static struct PyModuleDef definition = {.m_base = PyModuleDef_HEAD_INIT,

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import torch
 
+from .beams import reordered
 from .config import EvictionConfig
 
 ALIGNMENT = 256  # bytes, as of torch's own allocations
@@ -97,9 +98,10 @@ class SelfLayout(NamedTuple):
     dtype: torch.dtype
     eviction: EvictionConfig | None
     padded: bool
+    has_sources: bool
 
     def tensors(self):
-        layers, rows, heads, slots, head_dim, dtype, eviction, _ = self
+        layers, rows, heads, slots, head_dim, dtype, eviction, _, has_sources = self
         tensors = {
             "slots": ((layers, 2, rows, heads, slots, head_dim), dtype),  # keys, values
             "cursors": ((layers, 4, rows), torch.int32),
@@ -111,6 +113,8 @@ class SelfLayout(NamedTuple):
         if eviction is not None:
             tensors["positions"] = ((layers, rows, slots), torch.int32)
             tensors["scores"] = ((layers, rows, slots), torch.float32)
+        if has_sources:
+            tensors["sources"] = ((rows, slots), torch.int32)
         return tensors
 
 
@@ -118,29 +122,41 @@ class SelfHome:
     """Where the buffers of all layers are while graphs are replayed over them.
 
     of_layer  for each layer its keys, values, cursor, positions and scores
+    cursors   those of all layers, int32 [layers, 4, rows]
     state     what a step changes beside the slots that it writes
     owner     of the cross-attention cache
+    sources   which row holds each slot, the same for all layers, see beams.py; None if each has its own
     ids, places, hidden  tokens of a step, their positions, and what comes out
+    replay    the graph of the last step with what it takes for granted, see graphs.py
+    captures  whether a step is being captured: the cursors of all layers are then moved at its end, by one op
+    joined    projections that it uses in the place of each layer's own three, see snapshot.py
     """
+
+    replay = joined = None
+    captures = False
 
     def __init__(self, lease):
         self.lease, self.key = lease, lease.key
-        for name in ("owner", "ids", "places", "hidden"):
+        for name in ("cursors", "owner", "ids", "places", "hidden"):
             setattr(self, name, lease.tensors[name])
-        self._slots, self._cursors = lease.tensors["slots"], lease.tensors["cursors"]
+        self._slots, self.sources = lease.tensors["slots"], lease.tensors.get("sources")
         self._scored = [lease.tensors[name] for name in ("positions", "scores") if name in lease.tensors]
-        self.state = [self._cursors, *self._scored]
+        self.state = [self.cursors, *self._scored]
         nothing = [[None] * len(self._slots)] * 2
-        self.of_layer = list(zip(*self._slots.unbind(1), self._cursors, *(self._scored or nothing)))
+        self.of_layer = list(zip(*self._slots.unbind(1), self.cursors, *(self._scored or nothing)))
         self._slots_moved, self._owner_moved = _Sweep(), _Sweep()
 
-    def reorder_slots(self, layer, rows):
+    def reorder_slots(self, layer, rows, live):
+        """`live` slots are in use."""
         if not self._slots_moved.begins(layer, rows):
             return
         rows = rows.to(self._slots.device)
+        if self.sources is not None:
+            self.sources.copy_(reordered(self.sources, rows, live))
+            return
         for slots in self._slots.split(max(SPARE // self._slots[0].nbytes, 1)):
             slots.copy_(slots.index_select(2, rows))
-        self._cursors.copy_(self._cursors.index_select(2, rows))
+        self.cursors.copy_(self.cursors.index_select(2, rows))
         for tensor in self._scored:
             tensor.copy_(tensor.index_select(1, rows))
 
