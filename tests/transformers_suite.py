@@ -70,16 +70,7 @@ def run(checkout, patched, arguments):
     paths += filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))
     with tempfile.TemporaryDirectory() as folder:
         results = Path(folder, "results.xml")
-        command = [
-            sys.executable,
-            "-m",
-            "pytest",
-            "-q",
-            "--tb=short",
-            "-p",
-            "no:cacheprovider",
-            f"--junitxml={results}",
-        ]
+        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--junitxml={results}"]
         command += [*(["-p", Path(__file__).stem] if patched else []), *arguments]
         environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": os.pathsep.join(map(str, paths))}
         ran = subprocess.run(command, cwd=checkout, env=environment, stdout=sys.stderr)

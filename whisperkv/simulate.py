@@ -3,6 +3,7 @@
 import warnings
 
 import numpy as np
+from numpy.typing import ArrayLike, NDArray
 
 from . import _numpy
 from .config import EvictionConfig
@@ -12,7 +13,7 @@ _POLICY = {name: number for number, (name, *_) in enumerate(_numpy.POLICIES)}
 _READS_KEYS = {name for name, _, reads_key_norm in _numpy.POLICIES if reads_key_norm}
 
 
-def simulate_eviction(attention, config, keys=None):
+def simulate_eviction(attention: ArrayLike, config: EvictionConfig, keys: ArrayLike | None = None) -> NDArray[np.bool_]:
     """Which tokens a self-attention cache under `config` would have held at each step: bool [steps, tokens].
 
     attention  [steps, heads, tokens], what a full cache gave in one layer: step s decodes token tokens - steps + s and
@@ -68,7 +69,7 @@ def simulate_eviction(attention, config, keys=None):
     return kept
 
 
-def attention_kept(attention, kept):
+def attention_kept(attention: ArrayLike, kept: ArrayLike) -> NDArray[np.float64]:
     """The share of each step's attention that fell on kept tokens, over all heads: [steps].
 
     attention [steps, heads, tokens] of the full cache, kept [steps, tokens] from simulate_eviction.
