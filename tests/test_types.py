@@ -31,10 +31,10 @@ whisper = patch(Whisper(), EvictionConfig("window", recent=64), CrossConfig(form
 reveal_type(whisper)  # Revealed type is "use.Whisper"
 reveal_type(unpatch(whisper))  # Revealed type is "use.Whisper"
 reveal_type(listen(whisper, on=False))  # Revealed type is "use.Whisper"
-reveal_type(stats(whisper).self_bytes)  # Revealed type is "int"
-reveal_type(EvictionConfig().budget)  # Revealed type is "int"
-reveal_type(CrossConfig().is_latent)  # Revealed type is "bool"
-reveal_type(whisperkv.demo_audio()[1])  # Revealed type is "str"
+reveal_type(stats(whisper).self_bytes)  # int"
+reveal_type(EvictionConfig().budget)  # int"
+reveal_type(CrossConfig().is_latent)  # bool"
+reveal_type(whisperkv.demo_audio()[1])  # str"
 model, processor = whisperkv.load_ctranslate2("folder")
 model, processor = whisperkv.demo_model()
 kept = simulate_eviction(np.ones((3, 2, 3)), EvictionConfig(policy=lambda scores, *rest: scores))
