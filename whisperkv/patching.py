@@ -1,6 +1,7 @@
 """patch(), unpatch() and stats(): our attention and caches in a Whisper that is otherwise left alone."""
 
 import sys
+from typing import TypeVar
 
 import torch
 from torch.nn.parallel import DataParallel, DistributedDataParallel
@@ -13,10 +14,14 @@ from .graphs import GraphDecoder, Graphs
 from .listener import EncoderListener
 from .records import Stats
 
+Model = TypeVar("Model")  # what is given comes back
+
 _MODELS = (WhisperForConditionalGeneration, WhisperModel, WhisperForCausalLM)
 
 
-def patch(model, eviction: EvictionConfig | None = None, cross: CrossConfig | None = None, graphs: bool = True):
+def patch(
+    model: Model, eviction: EvictionConfig | None = None, cross: CrossConfig | None = None, graphs: bool = True
+) -> Model:
     """Make a Whisper decode through whisperkv, and return it.
 
     model     a WhisperForConditionalGeneration, WhisperModel or WhisperForCausalLM, or a pipeline, PEFT model,
@@ -71,7 +76,7 @@ def patch(model, eviction: EvictionConfig | None = None, cross: CrossConfig | No
     return model
 
 
-def unpatch(model):
+def unpatch(model: Model) -> Model:
     """Make the model exactly what it was before patch(), and return it. An unpatched model is left alone."""
     whisper = _whisper(model)
     _refuse_while_generating(whisper, "unpatch")
@@ -79,7 +84,7 @@ def unpatch(model):
     return model
 
 
-def stats(model) -> Stats:
+def stats(model: object) -> Stats:
     """The caches of the last decode. A generate() over long audio decodes chunk by chunk: this is the last chunk."""
     adoption = _adoption(_decoder(_whisper(model)))
     if adoption is None:

@@ -1,15 +1,19 @@
 """Eviction tried out on recorded attention weights. NumPy and the C kernels; torch is not needed."""
 
+import warnings
+
 import numpy as np
+from numpy.typing import ArrayLike, NDArray
 
 from . import _numpy
+from .config import EvictionConfig
 
 LIVE, SLOT, SEEN, PINNED = range(4)  # rows of the cursor, as in whisperkv.h
 _POLICY = {name: number for number, (name, *_) in enumerate(_numpy.POLICIES)}
 _READS_KEYS = {name for name, _, reads_key_norm in _numpy.POLICIES if reads_key_norm}
 
 
-def simulate_eviction(attention, config, keys=None):
+def simulate_eviction(attention: ArrayLike, config: EvictionConfig, keys: ArrayLike | None = None) -> NDArray[np.bool_]:
     """Which tokens a self-attention cache under `config` would have held at each step: bool [steps, tokens].
 
     attention  [steps, heads, tokens], what a full cache gave in one layer: step s decodes token tokens - steps + s and
@@ -28,6 +32,8 @@ def simulate_eviction(attention, config, keys=None):
             share = attention_kept(attention, simulate_eviction(attention, config))
             print(config.budget, share.mean(), share.min())
     """
+    if not isinstance(config, EvictionConfig):
+        raise TypeError(f"config must be an EvictionConfig, as EvictionConfig(recent=32, heavy=16); got {config!r}")
     attention = _checked_attention(attention)
     steps, heads, tokens = attention.shape
     prompt = tokens - steps
@@ -63,12 +69,12 @@ def simulate_eviction(attention, config, keys=None):
     return kept
 
 
-def attention_kept(attention, kept):
+def attention_kept(attention: ArrayLike, kept: ArrayLike) -> NDArray[np.float64]:
     """The share of each step's attention that fell on kept tokens, over all heads: [steps].
 
     attention [steps, heads, tokens] of the full cache, kept [steps, tokens] from simulate_eviction.
     """
-    attention, kept = _checked_attention(attention), np.asarray(kept)
+    attention, kept = _checked_attention(attention), _array(kept, "kept", "True and False")
     steps, _, tokens = attention.shape
     if kept.dtype != bool or kept.shape != (steps, tokens):
         raise ValueError(f"kept must be bool of shape [{steps}, {tokens}], not {kept.dtype} {list(kept.shape)}")
@@ -91,8 +97,22 @@ def _lowest(worth, positions, seen, prompt, config):
     return np.where(free & (worth == worth.min()), positions, np.iinfo(np.int32).max).argmin()
 
 
+def _array(values, name, allowed):
+    try:
+        return np.asarray(values)
+    except (TypeError, ValueError, RuntimeError) as error:  # lists of unequal lengths, tensors that NumPy cannot read
+        raise TypeError(f"{name} must be an array of {allowed}; of this {type(values).__name__}: {error}") from error
+
+
+def _numbers(values, name):
+    values = _array(values, name, "real numbers")
+    if not np.can_cast(values.dtype, np.float32, "same_kind"):
+        raise TypeError(f"{name} must be an array of real numbers; got one of {values.dtype}")
+    return values.astype(np.float32)
+
+
 def _checked_attention(attention):
-    attention = np.ascontiguousarray(attention, np.float32)
+    attention = _numbers(attention, "attention")
     if attention.ndim != 3 or 0 in attention.shape:
         raise ValueError(f"attention must have shape [steps, heads, tokens], not {list(attention.shape)}")
     steps, _, tokens = attention.shape
@@ -107,7 +127,22 @@ def _checked_attention(attention):
             f"attention: step {step} looks at token {token}, but it is the step of token {tokens - steps + step}; "
             "the last step must be that of the last token"
         )
+    _warn_of_evicted(attention)
     return attention
+
+
+def _warn_of_evicted(attention):
+    """Softmax gives every token something, so one that no head looks at any more was evicted. What is merely too little
+    for float16 comes back."""
+    looked_at = (attention > 0).any(1)  # [steps, tokens]
+    gone = np.logical_or.accumulate(looked_at) & ~looked_at
+    if gone[-1].any() and not (gone[:-1] & looked_at[1:]).any():
+        warnings.warn(
+            f"attention was recorded while tokens were evicted: {gone[-1].sum()} were looked at, and from some step on "
+            "by no head. What a full cache gives cannot be told from it: record with whisperkv.patch(model), without "
+            "an EvictionConfig, or unpatched",
+            stacklevel=4,
+        )
 
 
 def _checked_keys(keys, policy, tokens, heads):
@@ -115,7 +150,7 @@ def _checked_keys(keys, policy, tokens, heads):
         if policy in _READS_KEYS:
             raise ValueError(f"keys must be given for the policy {policy!r}: an array [{tokens}, {heads}, dim]")
         return None
-    keys = np.asarray(keys, np.float32)
+    keys = _numbers(keys, "keys")
     if keys.ndim != 3 or keys.shape[:2] != (tokens, heads) or not keys.shape[2]:
         raise ValueError(f"keys must have shape [{tokens}, {heads}, dim] to go with attention, not {list(keys.shape)}")
     if not np.isfinite(keys).all():
@@ -124,9 +159,9 @@ def _checked_keys(keys, policy, tokens, heads):
 
 
 def _checked_worth(worth, policy, slots):
-    worth = np.asarray(worth, np.float32)
+    name = getattr(policy, "__name__", policy)
+    worth = _numbers(worth, f"config.policy: what {name} returns")
     if worth.size != slots:
-        name = getattr(policy, "__name__", policy)
         raise ValueError(
             f"config.policy: {name} must return {slots} numbers, one a slot; got shape {list(worth.shape)}"
         )

@@ -5,9 +5,12 @@ detector heard. Silence is remembered by what a column of features looks like in
 """
 
 import threading
+from typing import TypeVar
 
 import torch
 import transformers
+
+Processor = TypeVar("Processor")  # what is given comes back
 
 SILENT = 0.35  # below this probability of speech, as Silero's own tools end a stretch of speech
 CHUNK = 512  # samples that Silero hears at once, at 16 kHz
@@ -20,7 +23,7 @@ _memory = None  # int64 [SLOTS], once something was heard
 _weights = {}  # of the digest, by (mels, device)
 
 
-def listen(processor, on=True):
+def listen(processor: Processor, on: bool = True) -> Processor:
     """Let a processor hear where there is speech, and return it.
 
     processor  a WhisperProcessor, a WhisperFeatureExtractor or an automatic-speech-recognition pipeline
