@@ -19,22 +19,19 @@ def script(name, *arguments):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-@pytest.mark.parametrize("command", [["gpu_ready.py"], ["gpu.py", "--tables", "ops"]])
-def test_without_a_gpu_nothing_runs(command):
-    ran = script(*command)
-    assert ran.returncode and "no GPU" in ran.stderr and ran.stdout == ""
+def test_without_a_gpu_nothing_runs():
+    ran = script("gpu_ready.py")
+    assert ran.returncode and "torch finds no GPU" in ran.stderr and ran.stdout == ""
 
 
-def test_ops_and_memory_on_a_cpu(tmp_path):
+def test_ops_on_a_cpu(tmp_path):
     """So that the first GPU meets no typing error."""
-    ran = script("gpu.py", "--device", "cpu", "--quick", "--tables", "ops", "memory", "--results", tmp_path)
+    ran = script("gpu.py", "--device", "cpu", "--quick", "--tables", "ops", "--results", tmp_path)
     assert ran.returncode == 0, ran.stderr[-2000:]
     machine, *rows = (json.loads(line) for line in (tmp_path / "quick-gpu-ops.jsonl").read_text().splitlines())
     assert machine["machine"]["torch"] == torch.__version__
     assert {row["op"] for row in rows} == {"cross_attention", "compact_attention", "score_evict"}
     assert all(row["us"] > 0 for row in rows)
-    *_, last = (json.loads(line) for line in (tmp_path / "quick-gpu-memory.jsonl").read_text().splitlines())
-    assert last["largest"] >= 1 and not last["note"]
     assert "## cross_attention: times as fast as SDPA" in (tmp_path / "quick-gpu.md").read_text()
 
 
