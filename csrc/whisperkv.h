@@ -57,6 +57,10 @@ struct wkv_eviction {
   float decay;
 };
 
+/* How many units hold n, and n rounded up to a multiple of the unit. */
+static inline int64_t wkv_count_of(int64_t n, int64_t unit) { return n / unit + (n % unit != 0); }
+static inline int64_t wkv_round_up(int64_t n, int64_t unit) { return wkv_count_of(n, unit) * unit; }
+
 /* ---- cross-attention: one cache for each audio, however many rows decode it ---- */
 
 enum {

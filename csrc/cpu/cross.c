@@ -384,7 +384,7 @@ INLINE void turn(const int bits, const uint8_t *const codes, const int64_t tile,
 static void mix_on_tiles(const int bits, const struct work *const w, const int64_t first, const int64_t frames,
                          const struct line *const lines) {
   const struct amx_shape shape = amx_shape(w->queries);
-  const int64_t tile = w->channels * 2 * bits, tiles = round_up(frames, WKV_TILE) / WKV_TILE;
+  const int64_t tile = w->channels * 2 * bits, tiles = wkv_count_of(frames, WKV_TILE);
   uint8_t room[AMX_ROWS * AMX_BYTES];
   vi products[WKV_TOGETHER];
   amx_start(&shape);
@@ -428,13 +428,13 @@ INLINE void score_codes(const int bits, const struct work *const w, const int64_
 INLINE struct line round_weights(const int bits, const struct work *const w, const int64_t query,
                                  const int64_t frames) {
   int32_t codes[WKV_BLOCK / 4] = {0}, sum;
-  const float unit = round_bytes(w->logits + query * WKV_BLOCK, round_up(frames, WKV_TILE), (int8_t *)codes, &sum);
+  const float unit = round_bytes(w->logits + query * WKV_BLOCK, wkv_round_up(frames, WKV_TILE), (int8_t *)codes, &sum);
   const struct line line = {w->added[query], unit, sum * middle(bits)};
 #ifdef WKV_AMX
   if (worth_tiles(w)) return memcpy(w->weight_codes + query * WKV_BLOCK / 4, codes, sizeof codes), line;
 #endif
   int32_t *const repeated = w->weight_codes + query * WKV_BLOCK;
-  for (int64_t i = 0; i < round_up(frames, WKV_TILE) / 4; i++)
+  for (int64_t i = 0; i < wkv_round_up(frames, WKV_TILE) / 4; i++)
     for (int lane = 0; lane < 4; lane++) repeated[4 * i + lane] = codes[i];
   return line;
 }
@@ -502,7 +502,7 @@ INLINE void mix_codes(const int bits, const struct work *const w, const int64_t 
 /* Exponentials of a block's logits; the sums so far are to shrink whenever it holds a larger one. */
 INLINE void soften(struct work *const w, const int64_t query, const int64_t first, const int64_t frames) {
   float *const logits = w->logits + query * WKV_BLOCK, *const totals = w->totals[query];
-  const int64_t padded = round_up(frames, WKV_TILE);
+  const int64_t padded = wkv_round_up(frames, WKV_TILE);
   if (w->weights[query]) memcpy(w->weights[query] + first, logits, (size_t)frames * sizeof *logits);
   for (int64_t f = frames; f < padded; f++) logits[f] = -INFINITY;
   const float top = largest(logits, padded, totals[0]);
@@ -548,9 +548,9 @@ INLINE void attend_item(const enum wkv_dtype dtype, const int bits, const int64_
                         const struct wkv_cross_attention *const a, float *const scratch, const int64_t item) {
   const int64_t split = item % a->splits, head = item / a->splits % a->heads;
   const struct wkv_together part = a->part[item / a->splits / a->heads];
-  const int64_t channels = round_up(head_dim, WKV_CHANNELS), matrix = part.audio * a->heads + head;
-  const int64_t groups = bits ? (a->frames + a->group - 1) / a->group : 0;
-  const int64_t bytes = bits ? (a->frames + WKV_TILE - 1) / WKV_TILE * channels * 2 * bits
+  const int64_t channels = wkv_round_up(head_dim, WKV_CHANNELS), matrix = part.audio * a->heads + head;
+  const int64_t groups = bits ? wkv_count_of(a->frames, a->group) : 0;
+  const int64_t bytes = bits ? wkv_count_of(a->frames, WKV_TILE) * channels * 2 * bits
                              : a->frames * head_dim * size_of(dtype);
   struct work w = {.a = a, .queries = part.queries, .length = a->lengths[part.audio],
                    .head_dim = head_dim, .channels = channels,
@@ -577,7 +577,7 @@ INLINE void attend_item(const enum wkv_dtype dtype, const int bits, const int64_
   }
   /* A block of wide frames is smaller, so that it stays in the cache nearby. */
   const int64_t block = bits ? least(a->group, WKV_BLOCK) : head_dim > 128 ? WKV_BLOCK / 4 : WKV_BLOCK;
-  const int64_t blocks = (a->frames + block - 1) / block;
+  const int64_t blocks = wkv_count_of(a->frames, block);
   attend(dtype, bits, &w, blocks * split / a->splits, blocks * (split + 1) / a->splits, block);
 }
 
@@ -608,7 +608,7 @@ void ON_ISA(wkv_cross_attention)(const struct wkv_cross_attention *const a, void
 /* ---- the ranges of frames together ---- */
 
 INLINE void finish(const enum wkv_dtype dtype, const struct wkv_cross_attention *const a, const int64_t item) {
-  const int64_t channels = round_up(a->head_dim, WKV_CHANNELS), items = a->rows * a->tokens * a->heads;
+  const int64_t channels = wkv_round_up(a->head_dim, WKV_CHANNELS), items = a->rows * a->tokens * a->heads;
   float top = -FLT_MAX, total = 0, share[WKV_ITEMS_WANTED];
   for (int64_t s = 0; s < a->splits; s++) {
     const float its = a->totals[2 * (s * items + item)];

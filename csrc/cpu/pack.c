@@ -22,9 +22,9 @@ INLINE void measure(const enum wkv_dtype dtype, const void *const states, const 
 /* One group of frames of one head of one audio. */
 INLINE void pack_group(const enum wkv_dtype dtype, const int bits, const struct wkv_packing *const p,
                        const int64_t audio, const int64_t head, const int64_t group) {
-  const int64_t channels = round_up(p->head_dim, WKV_CHANNELS), groups = (p->frames + p->group - 1) / p->group;
+  const int64_t channels = wkv_round_up(p->head_dim, WKV_CHANNELS), groups = wkv_count_of(p->frames, p->group);
   const int64_t first = group * p->group, stride = p->heads * p->head_dim, piece = channels * 2 * bits;
-  const int64_t tiles = (p->frames + WKV_TILE - 1) / WKV_TILE, tile = first / WKV_TILE;
+  const int64_t tiles = wkv_count_of(p->frames, WKV_TILE), tile = first / WKV_TILE;
   const int64_t last_tile = least(tiles, (first + p->group) / WKV_TILE);
   float *const scales = p->scales + ((audio * p->heads + head) * groups + group) * 2 * channels;
   uint8_t *const codes = p->codes + ((audio * p->heads + head) * tiles + tile) * piece;
@@ -83,7 +83,7 @@ static pack_function *const pack_8[WKV_DTYPES] = {pack_FLOAT32_8, pack_BFLOAT16_
 static pack_function *const pack_4[WKV_DTYPES] = {pack_FLOAT32_4, pack_BFLOAT16_4, pack_FLOAT16_4};
 
 void ON_ISA(wkv_pack)(const struct wkv_packing *const p, const int64_t begin, const int64_t end) {
-  const int64_t groups = (p->frames + p->group - 1) / p->group;
+  const int64_t groups = wkv_count_of(p->frames, p->group);
   pack_function *const pack = (p->bits == 8 ? pack_8 : pack_4)[p->dtype];
   for (int64_t item = begin; item < end; item++)
     pack(p, item / groups / p->heads, item / groups % p->heads, item % groups);

@@ -32,7 +32,6 @@ typedef uint8_t vb __attribute__((vector_size(W)));
 typedef uint8_t vq __attribute__((vector_size(4 * W))); /* 4 bytes a lane */
 
 INLINE int64_t least(const int64_t a, const int64_t b) { return a < b ? a : b; }
-INLINE int64_t round_up(const int64_t n, const int64_t unit) { return (n + unit - 1) / unit * unit; }
 
 INLINE vf splat(const float x) { return x - (vf){0}; }
 INLINE vu choose(const vi mask, const vu yes, const vu no) { return ((vu)mask & yes) | (~(vu)mask & no); }
