@@ -56,7 +56,8 @@ void wkv_cross_plan(struct wkv_cross_attention *const a) {
 
 size_t wkv_cross_scratch(const struct wkv_cross_attention *const a) {
   const size_t channels = (size_t)wkv_round_up(a->head_dim, WKV_CHANNELS);
-  /* queries, logits, one query with the steps folded in, and the codes of queries and weights */
-  return sizeof(float) * (WKV_TOGETHER * (channels + WKV_BLOCK) + channels) +
-         sizeof(int32_t) * WKV_TOGETHER * (channels / 4 + WKV_BLOCK);
+  /* Of a packed cache, which needs most: queries, logits, one query with the steps folded in, the codes of queries and
+   * weights, and those of weights four times over. */
+  return sizeof(float) * (WKV_TOGETHER * (channels + WKV_BLOCK) + channels) + WKV_TOGETHER * (channels + WKV_BLOCK) +
+         sizeof(int32_t) * WKV_TOGETHER * WKV_BLOCK;
 }
