@@ -2,6 +2,7 @@
 
 import gc
 import re
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -681,6 +682,39 @@ def test_many_threads_at_once():
     for one, other in zip(together, map(repeated, given)):
         for a, b in zip(one, other):
             assert_same_bits(a, b)
+
+
+@of_the_cpu
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("name, nonsense", [("owner", 2**30), ("lengths", -(2**31))])
+def test_another_thread_writes_during_a_call(name, nonsense, bits):
+    """Owners and lengths are nonsense now and then: a call refuses them, or it never sees that."""
+    given = problem(rows=12, tokens=2, heads=8, frames=1500, bits=bits, group=256)
+    wanted = [*attend(given), *pack(given)]
+    written, sound, done = given[name].numpy(), given[name].numpy().copy(), threading.Event()
+
+    def disturb():
+        while not done.is_set():
+            written[:] = nonsense
+            written[:] = sound
+
+    disturber = threading.Thread(target=disturb)
+    disturber.start()
+    try:
+        passed = 0
+        for _ in range(40):
+            try:
+                results = [*attend(given), *pack(given)]
+            except RuntimeError as error:
+                assert re.search("(owner of row|length of audio) . must be", str(error))
+                continue
+            passed += 1
+            for ours, theirs in zip(results, wanted):
+                assert_same_bits(ours, theirs)
+    finally:
+        done.set()
+        disturber.join()
+    assert passed
 
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs /proc")
