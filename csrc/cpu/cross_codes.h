@@ -51,13 +51,14 @@ INLINE struct line fold_query(const int bits, const struct work *const w, const 
   return (struct line){sum_of(offset), unit, sum * middle(bits)};
 }
 
-/* The weights of a block are its exponentials. */
+/* The weights of a block are its exponentials; of frames that it lacks they are 0. */
 INLINE struct line round_weights(const int bits, const struct work *const w, const int64_t query,
                                  const int64_t frames) {
-  int32_t *const codes = w->weight_codes + query * WKV_BLOCK / 4, sum;
-  memset(codes, 0, WKV_BLOCK);
-  const float unit = round_bytes(w->exponentials + query * WKV_BLOCK, wkv_round_up(frames, WKV_TILE),
-                                 (int8_t *)codes, &sum);
+  const int64_t padded = wkv_round_up(frames, WKV_TILE);
+  int8_t *const codes = (int8_t *)(w->weight_codes + query * WKV_BLOCK / 4);
+  int32_t sum;
+  const float unit = round_bytes(w->exponentials + query * WKV_BLOCK, padded, codes, &sum);
+  if (padded < WKV_BLOCK) memset(codes + padded, 0, (size_t)(WKV_BLOCK - padded));
   return (struct line){w->added[query], unit, sum * middle(bits)};
 }
 

@@ -115,7 +115,7 @@ INLINE void mix_codes(const int bits, const bool is_narrow, const struct work *c
 #ifdef WKV_AMX
   if (worth_tiles(w)) return mix_on_tiles(bits, w, first, frames, lines);
 #endif
-  for (int64_t q = 0; q < w->queries; q++) 
+  for (int64_t q = 0; q < w->queries; q++)
     repeat_weights(w->weight_codes + q * WKV_BLOCK / 4, frames, w->weight_lanes + q * WKV_BLOCK);
   if (w->queries == 1) {
     for (int64_t channel = 0; channel < w->channels; channel += 4 * alone)
