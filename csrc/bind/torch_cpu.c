@@ -66,7 +66,7 @@ static int32_t *copy_checked(struct call *const call, const int32_t *const owner
 }
 
 bool device_pack(struct call *const call, const struct wkv_packing *const p) {
-  const int64_t items = p->audios * p->heads * count_of(p->frames, p->group);
+  const int64_t items = p->audios * p->heads * wkv_count_of(p->frames, p->group);
   int32_t *const lengths = copy_checked(call, NULL, 0, p->lengths, p->audios, p->frames);
   struct wkv_packing packing = *p;
   packing.lengths = lengths;
