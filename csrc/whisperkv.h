@@ -62,6 +62,10 @@ struct wkv_eviction {
   float decay;
 };
 
+/* How many units hold n, and n rounded up to a multiple of the unit. */
+static inline int64_t wkv_count_of(int64_t n, int64_t unit) { return n / unit + (n % unit != 0); }
+static inline int64_t wkv_round_up(int64_t n, int64_t unit) { return wkv_count_of(n, unit) * unit; }
+
 /* ---- cross-attention: one cache for each audio, however many rows decode it ---- */
 
 enum {
@@ -70,6 +74,9 @@ enum {
   WKV_BLOCK = 256,    /* frames that are worked on at a time; a group divides it or is a multiple of it */
   WKV_TOGETHER = 32,  /* queries of one audio and head that one work item takes */
   WKV_ITEMS_WANTED = 32, /* enough to keep many threads busy: fewer are split over the frames */
+  /* Packed channels of a head at most. A query's codes, within 127, times a frame's less their middle, within 128, are
+   * added up in 32 bits. */
+  WKV_MOST_CHANNELS = INT32_MAX / (127 * 128) / WKV_CHANNELS * WKV_CHANNELS
 };
 
 /* Frames become codes of 8 or 4 bits: number = least + step * code, for each channel in groups of frames.

@@ -2,6 +2,7 @@
 
 import gc
 import re
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -608,6 +609,36 @@ def test_codes_of_another_size(change, text):
         attend(given)
 
 
+@of_the_cpu
+def test_the_widest_heads():
+    """The sums of the products of the largest codes there are just fit 32 bits, either way."""
+    dim = ops.MOST_CHANNELS
+    given = problem(1, 1, 1, 16, 64, 1, bits=8, group=16)
+    codes = torch.zeros(1, 1, 1, 16, dim, dtype=torch.uint8)
+    codes.view(-1, 16, 4)[:, ::2] = 255  # every second frame
+    scales = torch.tensor([1 / 255, -0.5])[:, None].expand(1, 1, 1, 2, dim).contiguous()
+    given |= dict(query=torch.ones(1, 1, 1, dim), keys=codes, values=codes, key_scales=scales, value_scales=scales)
+    for sign in (1, -1):
+        changed = given | dict(scale=sign / dim)
+        for ours, theirs in zip(attend(changed), attend(changed, reference.cross_attention)):
+            torch.testing.assert_close(ours, theirs, rtol=0, atol=2e-3)  # a weight is a code too
+
+
+@of_the_cpu
+@pytest.mark.parametrize("bits", [8, 4])
+def test_too_wide_heads_for_a_packed_cache(bits):
+    """Wider ones would overflow; a cache of floats may be as wide as it likes."""
+    dim = ops.MOST_CHANNELS + 1
+    states, lengths = torch.zeros(1, 16, 1, dim), torch.tensor([16]).int()
+    given = problem(1, 1, 1, 16, 64, 1) | dict(states=states, query=torch.ones(1, 1, 1, dim), lengths=lengths)
+    with pytest.raises(RuntimeError, match="query must have at most 132096 channels a head .* got 132097"):
+        attend_fresh(given, states, bits)
+    assert not attend_fresh(given, states, 0)[0].any()
+    with FakeTensorMode() as mode, pytest.raises(RuntimeError, match="query must have at most 132096 channels"):
+        given = fake(given, mode)
+        attend_fresh(given, given["states"], bits)
+
+
 @pytest.mark.parametrize("name", [*CROSS[:7], "states"])
 @pytest.mark.parametrize("change", [lambda t: t.to("meta"), torch.Tensor.to_sparse], ids=["meta", "sparse"])
 def test_not_a_plain_cpu_tensor(name, change):
@@ -660,6 +691,39 @@ def test_many_threads_at_once():
     for one, other in zip(together, map(repeated, given)):
         for a, b in zip(one, other):
             assert_same_bits(a, b)
+
+
+@of_the_cpu
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("name, nonsense", [("owner", 2**30), ("lengths", -(2**31))])
+def test_another_thread_writes_during_a_call(name, nonsense, bits):
+    """Owners and lengths are nonsense now and then: a call refuses them, or it never sees that."""
+    given = problem(rows=12, tokens=2, heads=8, frames=1500, bits=bits, group=256)
+    wanted = [*attend(given), *pack(given)]
+    written, sound, done = given[name].numpy(), given[name].numpy().copy(), threading.Event()
+
+    def disturb():
+        while not done.is_set():
+            written[:] = nonsense
+            written[:] = sound
+
+    disturber = threading.Thread(target=disturb)
+    disturber.start()
+    try:
+        passed = 0
+        for _ in range(40):
+            try:
+                results = [*attend(given), *pack(given)]
+            except RuntimeError as error:
+                assert re.search("(owner of row|length of audio) . must be", str(error))
+                continue
+            passed += 1
+            for ours, theirs in zip(results, wanted):
+                assert_same_bits(ours, theirs)
+    finally:
+        done.set()
+        disturber.join()
+    assert passed
 
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs /proc")

@@ -71,7 +71,7 @@ score_evict = torch.ops.whisperkv.score_evict.default
 pack_frames = torch.ops.whisperkv.pack_frames.default
 cross_attention = torch.ops.whisperkv.cross_attention.default
 
-TILE, CHANNELS = 16, 32  # of a packed cache, as in whisperkv.h
+TILE, CHANNELS, MOST_CHANNELS = 16, 32, 132_096  # of a packed cache, as in whisperkv.h
 
 
 # What torch.compile and torch.export see. The dtype of a cache may be any, but is the same for all of None.
@@ -154,6 +154,8 @@ def _(query, keys, values, key_scales, value_scales, owner, lengths, frames, gro
     if keys.dtype == torch.uint8:
         given = (query, keys, values, owner, lengths, key_scales, value_scales)
         sizes = _sizes(cross_attention, _CROSS_PACKED, *given)
+        text = f"{cross_attention.name()}: query must have at most {MOST_CHANNELS} channels, got {sizes['dim']}"
+        torch._check(sizes["dim"] <= MOST_CHANNELS, lambda text=text: text)
         for side, allowed in (
             ("strip", (16, 8)),
             ("channels", (-(-sizes["dim"] // CHANNELS) * CHANNELS,)),

@@ -1,6 +1,5 @@
 /* whisperkv._numpy: the CPU kernels on NumPy arrays, for notebooks and tests. Every argument is checked here. */
-#define PY_SSIZE_T_CLEAN
-#include <Python.h>
+#include "module.h"
 #define NPY_NO_DEPRECATED_API NPY_2_0_API_VERSION
 #define NPY_TARGET_VERSION NPY_1_23_API_VERSION
 #include <math.h>
@@ -10,18 +9,9 @@
 #include <stdlib.h>
 #include <string.h>
 
-#include "../policies.h"
 #include "../whisperkv.h"
 
-#define POLICY_NAME(name, reads_attention, reads_key_norm) #name,
-#define POLICY_READS(name, reads_attention, reads_key_norm) {reads_attention, reads_key_norm},
-static const char *const policy_names[] = {WKV_POLICIES(POLICY_NAME)};
-static const struct {
-  bool attention, key_norm;
-} policy_reads[] = {WKV_POLICIES(POLICY_READS)};
-
 enum {
-  POLICIES = sizeof policy_names / sizeof policy_names[0],
   ANY = -1, /* a size that is not known before the array is seen */
   STORAGE = -1 /* any dtype that a cache may have */
 };
@@ -175,8 +165,8 @@ static PyObject *score_evict(PyObject *const module, PyObject *const args, PyObj
       !read_count("recent", recent, &e.recent) || !read_float("decay", decay, &e.decay))
     return NULL;
   /* What the policy does not read only lends its shape, so it may be np.broadcast_to(0, shape). */
-  const int attention_flags = policy_reads[e.policy].attention ? NPY_ARRAY_CARRAY_RO : 0;
-  const int key_flags = policy_reads[e.policy].key_norm ? NPY_ARRAY_CARRAY_RO : 0;
+  const int attention_flags = policies[e.policy].reads_attention ? NPY_ARRAY_CARRAY_RO : 0;
+  const int key_flags = policies[e.policy].reads_key_norm ? NPY_ARRAY_CARRAY_RO : 0;
   struct expected attention = {4, {ANY, ANY, ANY, ANY}, NPY_FLOAT32, attention_flags};
   if (!(e.weights = data_of("weights", weights, &attention))) return NULL;
   e.rows = attention.shape[0], e.heads = attention.shape[1], e.tokens = attention.shape[2];
@@ -218,20 +208,6 @@ PyDoc_STRVAR(score_evict_doc,
 #define FUNCTION(name) {#name, (PyCFunction)(void (*)(void))name, METH_VARARGS | METH_KEYWORDS, name##_doc}
 static PyMethodDef methods[] = {FUNCTION(compact_attention), FUNCTION(score_evict), {NULL, NULL, 0, NULL}};
 
-static bool add(PyObject *const module, const char *const name, PyObject *const value) {
-  const bool added = value && !PyModule_AddObjectRef(module, name, value);
-  Py_XDECREF(value);
-  return added;
-}
-
-static PyObject *all_policies(void) {
-  PyObject *const all = PyTuple_New(POLICIES);
-  for (int i = 0; all && i < POLICIES; i++)
-    PyTuple_SetItem(all, i, Py_BuildValue("(sNN)", policy_names[i], PyBool_FromLong(policy_reads[i].attention),
-                                          PyBool_FromLong(policy_reads[i].key_norm)));
-  return all;
-}
-
 static int start(PyObject *const module) {
   char error[256];
   kernels = wkv_cpu_select(getenv("WHISPERKV_ISA"), error, sizeof error);
@@ -240,7 +216,7 @@ static int start(PyObject *const module) {
     return -1;
   }
   if (PyArray_ImportNumPyAPI() < 0) return -1;
-  return add(module, "ISA", PyUnicode_FromString(kernels->isa)) && add(module, "POLICIES", all_policies()) ? 0 : -1;
+  return add_constants(module, kernels->isa) ? 0 : -1;
 }
 
 static PyModuleDef_Slot module_slots[] = {{Py_mod_exec, (void *)start}, {0, NULL}};

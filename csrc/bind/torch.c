@@ -1,8 +1,5 @@
 /* whisperkv._torch: registers the torch ops. */
-#define PY_SSIZE_T_CLEAN
-#include <Python.h>
-
-#include "../policies.h"
+#include "module.h"
 #include "torch_device.h"
 #include "torch_ops.h"
 
@@ -22,15 +19,6 @@ static PyObject *register_ops(PyObject *const module, PyObject *const path) {
   Py_RETURN_NONE;
 }
 
-static bool add(PyObject *const module, const char *const name, PyObject *const value) {
-  const bool added = value && !PyModule_AddObjectRef(module, name, value);
-  Py_XDECREF(value);
-  return added;
-}
-
-#define POLICY_FORMAT(name, attention, key_norm) "(sNN)"
-#define POLICY_VALUES(name, attention, key_norm) , #name, PyBool_FromLong(attention), PyBool_FromLong(key_norm)
-
 static int start(PyObject *const module) {
   char error[256];
   const char *const isa = device_start(error, sizeof error);
@@ -38,8 +26,7 @@ static int start(PyObject *const module) {
     PyErr_Format(PyExc_ImportError, "environment variable WHISPERKV_ISA: %s", error);
     return -1;
   }
-  PyObject *const policies = Py_BuildValue("(" WKV_POLICIES(POLICY_FORMAT) ")" WKV_POLICIES(POLICY_VALUES));
-  return add(module, "ISA", PyUnicode_FromString(isa)) && add(module, "POLICIES", policies) ? 0 : -1;
+  return add_constants(module, isa) ? 0 : -1;
 }
 
 static PyMethodDef methods[] = {

@@ -1,5 +1,6 @@
 /* The ops on the CPU: what tensors say is checked, and torch's threads share out the items of work. */
 #include <stdlib.h>
+#include <string.h>
 
 #include "torch_device.h"
 #include "torch_ops.h"
@@ -52,10 +53,27 @@ bool device_evict(struct call *const call, const struct wkv_eviction *const e) {
 
 static void pack(const int64_t begin, const int64_t end, void *const packing) { kernels->pack(packing, begin, end); }
 
+/* The owner of each row, then the length of each audio, both sound: copies, because another thread may write to the
+ * tensors during the call. NULL with the error written to call. */
+static int32_t *copy_checked(struct call *const call, const int32_t *const owner, const int64_t rows,
+                             const int32_t *const lengths, const int64_t audios, const int64_t frames) {
+  int32_t *const copy = malloc((size_t)(rows + audios) * sizeof *copy);
+  if (!copy) return fail(call, "no memory for %lld owners and lengths", (long long)(rows + audios)), NULL;
+  if (rows) memcpy(copy, owner, (size_t)rows * sizeof *copy);
+  memcpy(copy + rows, lengths, (size_t)audios * sizeof *copy);
+  if (!wkv_check_owners(copy, rows, copy + rows, audios, frames, call->error, sizeof call->error)) return copy;
+  free(copy);
+  return NULL;
+}
+
 bool device_pack(struct call *const call, const struct wkv_packing *const p) {
-  const int64_t items = p->audios * p->heads * count_of(p->frames, p->group);
-  return !wkv_check_owners(NULL, 0, p->lengths, p->audios, p->frames, call->error, sizeof call->error) &&
-         share_out(call, items, 2.0 * p->group * p->head_dim, pack, (void *)p);
+  const int64_t items = p->audios * p->heads * wkv_count_of(p->frames, p->group);
+  int32_t *const lengths = copy_checked(call, NULL, 0, p->lengths, p->audios, p->frames);
+  struct wkv_packing packing = *p;
+  packing.lengths = lengths;
+  const bool done = lengths && share_out(call, items, 2.0 * p->group * p->head_dim, pack, &packing);
+  free(lengths);
+  return done;
 }
 
 struct sharing {
@@ -77,9 +95,7 @@ static void finish_cross(const int64_t begin, const int64_t end, void *const con
   kernels->cross_finish(sharing->attention, begin, end);
 }
 
-bool device_attend_cross(struct call *const call, struct wkv_cross_attention *const a) {
-  if (wkv_check_owners(a->owner, a->rows, a->lengths, a->audios, a->frames, call->error, sizeof call->error))
-    return false;
+static bool attend_planned(struct call *const call, struct wkv_cross_attention *const a) {
   const int64_t channels = padded_channels(a->head_dim);
   const int64_t queries = a->rows * a->tokens;
   if (queries == 0) return true;
@@ -101,5 +117,14 @@ bool device_attend_cross(struct call *const call, struct wkv_cross_attention *co
   free(a->part);
   free(a->sums);
   free(a->totals);
+  return done;
+}
+
+bool device_attend_cross(struct call *const call, struct wkv_cross_attention *const a) {
+  int32_t *const owner = copy_checked(call, a->owner, a->rows, a->lengths, a->audios, a->frames);
+  a->owner = owner;
+  a->lengths = owner ? owner + a->rows : NULL;
+  const bool done = owner && attend_planned(call, a);
+  free(owner);
   return done;
 }

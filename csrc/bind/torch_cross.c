@@ -77,6 +77,9 @@ static bool fits(struct call *const call, const int64_t frames, const int64_t gr
   if (size[STRIP] != 16 && size[STRIP] != 8)
     return fail(call, "keys must have 16 bytes (8 bits) or 8 bytes (4 bits) a tile and channel, got %lld",
                 (long long)size[STRIP]);
+  if (size[DIM] > WKV_MOST_CHANNELS)
+    return fail(call, "query must have at most %d channels a head for a packed cache, got %lld", WKV_MOST_CHANNELS,
+                (long long)size[DIM]);
   if (size[CHANNELS] != channels)
     return fail(call, "keys must have %lld channels for queries of %lld, got %lld", (long long)channels,
                 (long long)size[DIM], (long long)size[CHANNELS]);

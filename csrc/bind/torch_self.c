@@ -1,16 +1,9 @@
 /* The ops of self-attention. */
 #include <string.h>
 
-#include "../policies.h"
+#include "policy_table.h"
 #include "torch_device.h"
 #include "torch_ops.h"
-
-#define POLICY_READS(name, attention, key_norm) {attention, key_norm},
-static const struct {
-  bool attention, key_norm;
-} policies[] = {WKV_POLICIES(POLICY_READS)};
-
-enum { POLICIES = sizeof policies / sizeof policies[0] };
 
 /* ---- compact_attention ---- */
 
@@ -75,8 +68,8 @@ static bool score_evict(struct call *const call, const StableIValue *const numbe
   const int64_t policy = (int64_t)numbers[0], budget = (int64_t)numbers[1], recent = (int64_t)numbers[2];
   const double decay = as_double(numbers[3]);
   if (!is_within(call, "policy", policy, 0, POLICIES - 1)) return false;
-  const bool is_read[EVICTION_TENSORS] = {[SEEN_WEIGHTS] = policies[policy].attention,
-                                          [SEEN_KEYS] = policies[policy].key_norm,
+  const bool is_read[EVICTION_TENSORS] = {[SEEN_WEIGHTS] = policies[policy].reads_attention,
+                                          [SEEN_KEYS] = policies[policy].reads_key_norm,
                                           [MOVED_CURSOR] = true, [POSITIONS] = true, [SCORES] = true};
   for (int i = 0; i < EVICTION_TENSORS; i++)
     if (!accept(call, i, &eviction_arguments[i], is_read[i])) return false;

@@ -65,11 +65,11 @@ static void amx_store(const int tile, void *const to, const int64_t stride) {
 
 static void amx_multiply(const int sums, const int queries, const int cache) {
   for (int m = 0; m < amx_now.rows[sums]; m++) {
-    int32_t row[AMX_BYTES / 4];
+    uint32_t row[AMX_BYTES / 4];
     memcpy(row, amx_data[sums][m], sizeof row);
     for (int k = 0; k < AMX_BYTES; k++)
       for (int n = 0; n < AMX_BYTES / 4; n++)
-        row[n] += (int8_t)amx_data[queries][m][k] * amx_data[cache][k / 4][4 * n + k % 4];
+        row[n] += (uint32_t)((int8_t)amx_data[queries][m][k] * amx_data[cache][k / 4][4 * n + k % 4]);
     memcpy(amx_data[sums][m], row, sizeof row);
   }
 }

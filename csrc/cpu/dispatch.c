@@ -91,7 +91,8 @@ const struct wkv_cpu_kernels *wkv_cpu_select(const char *const isa, char *const 
     const struct wkv_cpu_kernels *const kernels = &variants[i].kernels;
     if (!variants[i].runs()) continue;
     if (any || !strcmp(isa, kernels->isa)) return kernels;
-    strcat(strcat(usable, *usable ? ", " : ""), kernels->isa);
+    const size_t end = strlen(usable);
+    snprintf(usable + end, sizeof usable - end, "%s%s", end ? ", " : "", kernels->isa);
   }
   snprintf(error, error_size, "\"%.40s\" is not an instruction set that runs here; these do: %s", isa, usable);
   return NULL;

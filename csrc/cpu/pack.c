@@ -1,4 +1,5 @@
 /* Frames of the encoder, or their keys and values, as codes of 8 or 4 bits. */
+#include "../packed.h"
 #include "isa.h"
 #include "simd.h"
 
@@ -22,14 +23,13 @@ INLINE void measure(const enum wkv_dtype dtype, const void *const states, const 
 /* One group of frames of one head of one audio. */
 INLINE void pack_group(const enum wkv_dtype dtype, const int bits, const struct wkv_packing *const p,
                        const int64_t audio, const int64_t head, const int64_t group) {
-  const int64_t channels = round_up(p->head_dim, WKV_CHANNELS), groups = (p->frames + p->group - 1) / p->group;
-  const int64_t first = group * p->group, stride = p->heads * p->head_dim, piece = channels * 2 * bits;
-  const int64_t tiles = (p->frames + WKV_TILE - 1) / WKV_TILE, tile = first / WKV_TILE;
-  const int64_t last_tile = least(tiles, (first + p->group) / WKV_TILE);
-  float *const scales = p->scales + ((audio * p->heads + head) * groups + group) * 2 * channels;
-  uint8_t *const codes = p->codes + ((audio * p->heads + head) * tiles + tile) * piece;
+  const int64_t channels = wkv_round_up(p->head_dim, WKV_CHANNELS), groups = wkv_count_of(p->frames, p->group);
+  const int64_t first = group * p->group, stride = p->heads * p->head_dim, matrix = audio * p->heads + head;
+  const int64_t tiled = wkv_round_up(p->frames, WKV_TILE);
+  float *const scales = p->scales + wkv_place_of_steps(channels, matrix * groups + group);
+  uint8_t *const codes = p->codes + wkv_place_of_codes(bits, channels, matrix * tiled + first, 0);
   memset(scales, 0, (size_t)(2 * channels) * sizeof *scales);
-  memset(codes, 0, (size_t)((last_tile - tile) * piece));
+  memset(codes, 0, (size_t)wkv_place_of_codes(bits, channels, least(tiled - first, p->group), 0));
   const int64_t frames = least(p->lengths[audio] - first, p->group);
   if (frames <= 0) return;
 
@@ -59,10 +59,10 @@ INLINE void pack_group(const enum wkv_dtype dtype, const int bits, const struct 
         const vb bytes = __builtin_convertvector(__builtin_convertvector(code + 0.5f, vi), vb);
         memcpy((char *)quads + c, &bytes, W);
       }
-      uint8_t *const place = codes + frame / WKV_TILE * piece + channel * 2 * bits + frame % WKV_TILE * 4;
+      uint8_t *const place = codes + wkv_place_of_codes(bits, channels, frame, channel);
       for (int q = 0; q < QUADS; q += bits == 8 ? 1 : 2) {
         const uint32_t code = bits == 8 ? quads[q] : quads[q] | quads[q + 1] << 4;
-        memcpy(place + q * (bits == 8 ? 64 : 32), &code, sizeof code);
+        memcpy(place + wkv_bytes_of_channels(bits, 4 * q), &code, sizeof code);
       }
     }
   }
@@ -83,7 +83,7 @@ static pack_function *const pack_8[WKV_DTYPES] = {pack_FLOAT32_8, pack_BFLOAT16_
 static pack_function *const pack_4[WKV_DTYPES] = {pack_FLOAT32_4, pack_BFLOAT16_4, pack_FLOAT16_4};
 
 void ON_ISA(wkv_pack)(const struct wkv_packing *const p, const int64_t begin, const int64_t end) {
-  const int64_t groups = (p->frames + p->group - 1) / p->group;
+  const int64_t groups = wkv_count_of(p->frames, p->group);
   pack_function *const pack = (p->bits == 8 ? pack_8 : pack_4)[p->dtype];
   for (int64_t item = begin; item < end; item++)
     pack(p, item / groups / p->heads, item / groups % p->heads, item % groups);

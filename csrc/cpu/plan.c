@@ -67,13 +67,14 @@ void wkv_cross_plan(struct wkv_cross_attention *const a) {
       a->part[a->parts++] =
           (struct wkv_together){a->owner[row], first, least(WKV_TOGETHER, end * a->tokens - first)};
   }
-  const int64_t items = a->parts * a->heads, blocks = (a->frames + WKV_BLOCK - 1) / WKV_BLOCK;
-  a->splits = items ? least(blocks, (WKV_ITEMS_WANTED + items - 1) / items) : 1;
+  const int64_t items = a->parts * a->heads, blocks = wkv_count_of(a->frames, WKV_BLOCK);
+  a->splits = items ? least(blocks, wkv_count_of(WKV_ITEMS_WANTED, items)) : 1;
 }
 
 size_t wkv_cross_scratch(const struct wkv_cross_attention *const a) {
-  const size_t channels = (size_t)(a->head_dim + WKV_CHANNELS - 1) / WKV_CHANNELS * WKV_CHANNELS;
-  /* queries, logits, one query with the steps folded in, and the codes of queries and weights */
-  return sizeof(float) * (WKV_TOGETHER * (channels + WKV_BLOCK) + channels) +
-         sizeof(int32_t) * WKV_TOGETHER * (channels / 4 + WKV_BLOCK);
+  const size_t channels = (size_t)wkv_round_up(a->head_dim, WKV_CHANNELS);
+  /* Of a packed cache, which needs most: queries, logits, one query with the steps folded in, the codes of queries and
+   * weights, and those of weights four times over. */
+  return sizeof(float) * (WKV_TOGETHER * (channels + WKV_BLOCK) + channels) + WKV_TOGETHER * (channels + WKV_BLOCK) +
+         sizeof(int32_t) * WKV_TOGETHER * WKV_BLOCK;
 }

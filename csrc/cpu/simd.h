@@ -32,7 +32,6 @@ typedef uint8_t vb __attribute__((vector_size(W)));
 typedef uint8_t vq __attribute__((vector_size(4 * W))); /* 4 bytes a lane */
 
 INLINE int64_t least(const int64_t a, const int64_t b) { return a < b ? a : b; }
-INLINE int64_t round_up(const int64_t n, const int64_t unit) { return (n + unit - 1) / unit * unit; }
 
 INLINE vf splat(const float x) { return x - (vf){0}; }
 INLINE vu choose(const vi mask, const vu yes, const vu no) { return ((vu)mask & yes) | (~(vu)mask & no); }
@@ -205,15 +204,15 @@ INLINE vi multiply_16(const vi a, const vi b) {
 }
 
 /* Each 32 bit lane: sum + the products of its four bytes, those of a unsigned, those of b signed, added up. Exact, so
- * that all instruction sets agree. */
-INLINE vi multiply_bytes(const vi a, const vi b, const vi sum) {
+ * that all instruction sets agree; the sum is unsigned because it may wrap around on its way. */
+INLINE vu multiply_bytes(const vi a, const vi b, const vu sum) {
 #if defined(__AVX512VNNI__)
-  return (vi)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)a, (__m512i)b);
+  return (vu)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)a, (__m512i)b);
 #else
   typedef int16_t v16 __attribute__((vector_size(4 * W)));
   typedef uint16_t vu16 __attribute__((vector_size(4 * W)));
-  const vi even = multiply_16(a & 0x00ff00ff, (vi)((v16)((vu16)b << 8) >> 8));
-  return sum + even + multiply_16((vi)((vu16)a >> 8), (vi)((v16)b >> 8));
+  const vu even = (vu)multiply_16(a & 0x00ff00ff, (vi)((v16)((vu16)b << 8) >> 8));
+  return sum + even + (vu)multiply_16((vi)((vu16)a >> 8), (vi)((v16)b >> 8));
 #endif
 }
 
