@@ -7,6 +7,7 @@ import struct
 import sys
 import tracemalloc
 from io import BytesIO
+from time import process_time
 
 import numpy as np
 import pytest
@@ -160,6 +161,7 @@ def same_logits(one, two):
 def test_small_model(folder, little):
     model, processor = load_ctranslate2(folder)
     assert not model.training and same_logits(model, little)
+    assert same_logits(load_ctranslate2(folder / "model.bin")[0], little)
     assert model.proj_out.weight is model.model.decoder.embed_tokens.weight
     assert not model.model.encoder.embed_positions.weight.requires_grad
     for name in ("d_model", "encoder_layers", "decoder_layers", "encoder_ffn_dim", "decoder_ffn_dim", "num_mel_bins",
@@ -409,6 +411,26 @@ def test_huge_claims_allocate_nothing(folder, weights, shape, length):
     tracemalloc.start()
     refused(folder, "cannot have|ends inside")
     assert tracemalloc.get_traced_memory()[1] < 1 << 20
+    tracemalloc.stop()
+
+
+@pytest.mark.parametrize("names, seconds", [("first", 20), ("all", 4)])
+def test_layers_of_aliases(folder, weights, names, seconds):
+    """A small file that names thousands of layers is refused by its names, before a layer is made."""
+    known = [name.removeprefix("encoder/layer_0/") for name in weights if name.startswith("encoder/layer_0/")]
+    if names == "first":
+        known = ["self_attention/linear_0/weight"]
+    aliases = {
+        f"encoder/layer_{layer}/{name}": f"encoder/layer_0/{name}"
+        for layer in range(2, 2 + 9_990 // len(known))
+        for name in known
+    }
+    (folder / "model.bin").write_bytes(model_bin(weights, ALIASES | aliases)[0])
+    tracemalloc.start()
+    begun = process_time()
+    refused(folder, "variables are missing" if names == "first" else "over and over")
+    assert process_time() - begun < seconds  # many times what it takes without being traced
+    assert tracemalloc.get_traced_memory()[1] < 100 << 20
     tracemalloc.stop()
 
 
