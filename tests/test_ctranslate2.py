@@ -12,7 +12,7 @@ from time import process_time
 import numpy as np
 import pytest
 import torch
-from conftest import package_folder
+from conftest import SEED, package_folder
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import WhisperConfig, WhisperForConditionalGeneration, WhisperProcessor, pipeline
 
@@ -444,9 +444,9 @@ def test_foreign_files(folder):
 def test_random_damage(folder, weights):
     """A flipped bit in a weight cannot be seen; anything else is told, and nothing but a ValueError comes out."""
     data, header = model_bin(weights)
-    random.seed(4)
+    random.seed(4 + SEED)
     told = 0
-    for _ in range(300):
+    for case in range(300):
         damaged = bytearray(data)
         for place in random.sample(header, random.choice((1, 1, 2, 5))):
             damaged[place] = random.choice((0, 1, 0x7F, 0x80, 0xFF, damaged[place] ^ 1 << random.randrange(8)))
@@ -459,7 +459,41 @@ def test_random_damage(folder, weights):
         except ValueError as error:
             assert type(error) is ValueError and "model.bin" in str(error)
             told += 1
+        except Exception as error:
+            raise AssertionError(f"WHISPERKV_FUZZ={SEED}, case {case}") from error
     assert told > 200
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json"])
+def test_random_damage_of_json(folder, name):
+    """Other bytes, or values of other types: it can be read, or the error says which file cannot."""
+    whole = (folder / name).read_bytes()
+    random.seed(5 + SEED)
+    told = 0
+    for case in range(60):
+        damaged = bytearray(whole)
+        if case % 2:
+            for place in random.sample(range(len(whole)), random.choice((1, 1, 2, 5))):
+                damaged[place] = random.choice(b'0129-.[]{}",:\\ nt\x00\xff')
+        else:
+            value, places = json.loads(whole), []
+            holder = value
+            while isinstance(holder, (dict, list)) and holder and (not places or random.random() < 0.7):
+                key = random.choice(list(holder) if isinstance(holder, dict) else range(len(holder)))
+                places.append((holder, key))
+                holder = holder[key]
+            holder, key = places[-1]
+            holder[key] = random.choice([None, -1, 2**70, 0.5, "", "a", [], {}, [[]], True, [2**31], float("nan")])
+            damaged = json.dumps(value).encode()
+        (folder / name).write_bytes(damaged)
+        try:
+            load_ctranslate2(folder)
+        except ValueError as error:
+            assert type(error) is ValueError and name in str(error), f"WHISPERKV_FUZZ={SEED}, case {case}"
+            told += 1
+        except Exception as error:
+            raise AssertionError(f"WHISPERKV_FUZZ={SEED}, case {case}: {damaged[:500]}") from error
+    assert told > 10
 
 
 def edited(**changes):
