@@ -23,7 +23,8 @@ OPS = {  # {name: (its arguments, problems to start from)}
 NUMBERS = [0, 1, -1, 2, 3, 16, 32, 255, 256, 2**31 - 1, 2**31, 2**32, 2**48, 2**62, 2**63 - 1, -(2**31), -(2**63)]
 SIDES = [0, 1, 2, 3, 5, 8, 16, 17, 33, 64, 90]
 HUGE = [1 << 20, 1 << 31, 1 << 40, 1 << 57]
-DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int32, torch.int64, torch.uint8, torch.bool]
+FLOATS = [torch.float32, torch.bfloat16, torch.float16]
+DTYPES = [*FLOATS, torch.float64, torch.int32, torch.int64, torch.uint8, torch.bool]
 
 
 def wild_integers(draw, tensor):
@@ -84,14 +85,14 @@ def sound(draw, op):
         tokens = draw.choice([1, 1, 2, 5])
         given = test_ops.problem(
             draw.randrange(4), tokens, draw.randrange(1, 4), tokens + draw.randrange(30), draw.choice(SIDES[1:]),
-            draw.choice(DTYPES[:3]), draw.random() < 0.3, draw.randrange(1 << 30), draw.random() < 0.5,
+            draw.choice(FLOATS), draw.random() < 0.3, draw.randrange(1 << 30), draw.random() < 0.5,
         )  # fmt: skip
         return given | dict(policy=draw.randrange(len(POLICIES)), want_weights=draw.random() < 0.5)
     bits = draw.choice([0, 8, 4])
     dim, group = draw.choice(SIDES[1:]), draw.choice([16, 32, 256])
     given = test_cross_ops.problem(
         draw.randrange(4), draw.choice([1, 2, 40]), draw.randrange(1, 3), draw.choice([1, 15, 90, 300]), dim,
-        draw.randrange(1, 3), bits, group, draw.choice(DTYPES[:3]), draw.random() < 0.3, draw.randrange(1 << 30),
+        draw.randrange(1, 3), bits, group, draw.choice(FLOATS), draw.random() < 0.3, draw.randrange(1 << 30),
     )  # fmt: skip
     return given | dict(want_weights=draw.random() < 0.5)
 

@@ -237,8 +237,8 @@ class TestValues:
             parents = torch.randint(rows, (rows,))
             ours["sources"] = ours["sources"][parents]
             theirs["keys"], theirs["values"] = theirs["keys"][parents], theirs["values"][parents]
-            for given in (ours, theirs):
-                given["cursor"][:PINNED] += 1
+            for each in (ours, theirs):
+                each["cursor"][:PINNED] += 1
 
     @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
     def test_large_logits(self, dtype):
