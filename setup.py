@@ -20,7 +20,8 @@ import numpy
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
-CFLAGS = "-std=c11 -O3 -g0 -Wall -Wextra -fexceptions -fvisibility=hidden -fno-math-errno".split()
+# Python's own flags come before these, and may let integers wrap around: nothing here does.
+CFLAGS = "-std=c11 -O3 -g0 -Wall -Wextra -fexceptions -fvisibility=hidden -fno-math-errno -fno-wrapv".split()
 CFLAGS_OF_USER = os.environ.get("WHISPERKV_CFLAGS", "").split()
 CFLAGS += CFLAGS_OF_USER
 LDFLAGS = os.environ.get("WHISPERKV_LDFLAGS", "").split()

@@ -156,7 +156,8 @@ struct wkv_cpu_kernels {
  * "" means the best. */
 const struct wkv_cpu_kernels *wkv_cpu_select(const char *isa, char *error, size_t error_size);
 
-/* NULL if the cursor is sound for this call, else what is wrong, written to error. CPU pointers only. */
+/* NULL if the cursor is sound for this call, else what is wrong, written to error. CPU pointers only. Another thread may
+ * still write it, so the kernels check it where they read it: a row whose own is not sound gets zeros. */
 const char *wkv_check_cursor(const int32_t *cursor, int64_t rows, int64_t tokens, int64_t slots, char *error,
                              size_t error_size);
 

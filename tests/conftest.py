@@ -3,6 +3,7 @@
 WHISPERKV_TEST_DEVICE=cuda runs the tests of the ops and of generate() on a GPU; the others stay on the CPU.
 WHISPERKV_TINY_EN and WHISPERKV_BASE name faster-whisper folders, where the packages with the weights are missing, and
 WHISPERKV_SPEECH a file of samples (demo_audio()[0], saved by NumPy), where soundfile is.
+WHISPERKV_FUZZ is the seed of what is tried at random, another number for other cases.
 """
 
 import importlib.util
@@ -17,6 +18,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # threads that wait for one anoth
 sys.path.insert(0, str(Path(__file__).parent))  # reference.py
 
 DEVICE = os.environ.get("WHISPERKV_TEST_DEVICE", "cpu")
+SEED = int(os.environ.get("WHISPERKV_FUZZ", 0))
 RECORDINGS = Path(__file__).resolve().parents[2] / "shared" / "data"
 
 

@@ -546,10 +546,12 @@ BAD_CODES = BAD_CROSS + [
     ("value_scales", resized(2), r"groups=3, .*, got \[2, 2, 4, 2, 64\]"),
     ("value_scales", resized(0), r"audios=2, .*, got \[3, 2, 3, 2, 64\]"),
     *((name, strided, f"{name} must be contiguous") for name in ("keys", "values", "key_scales", "value_scales")),
+    ("frames", lambda _: 2**63 - 1, r"frames must be in 1\.\.2147483647, got 9223372036854775807"),
+    ("group", lambda _: 2**62, "group must be 16, 32, 64, 128 or a multiple of 256 frames, got"),
     ("frames", lambda _: 97, "97 frames in groups of 32 are 7 tiles and 4 groups, got 6 and 3"),
     ("frames", lambda _: 80, "80 frames in groups of 32 are 5 tiles and 3 groups, got 6 and 3"),
-    ("frames", lambda _: 0, "0 frames in groups of 32 are"),
-    ("frames", lambda _: -90, "-90 frames in groups of 32 are"),
+    ("frames", lambda _: 0, r"frames must be in 1\.\.2147483647, got 0"),
+    ("frames", lambda _: -90, r"frames must be in 1\.\.2147483647, got -90"),
     ("group", lambda _: 64, "90 frames in groups of 64 are 6 tiles and 2 groups, got 6 and 3"),
     *(
         ("group", lambda _, n=n: n, f"group must be 16, 32, 64, 128 or a multiple of 256 frames, got {n}")

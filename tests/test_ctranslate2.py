@@ -7,11 +7,12 @@ import struct
 import sys
 import tracemalloc
 from io import BytesIO
+from time import process_time
 
 import numpy as np
 import pytest
 import torch
-from conftest import package_folder
+from conftest import SEED, package_folder
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import WhisperConfig, WhisperForConditionalGeneration, WhisperProcessor, pipeline
 
@@ -160,6 +161,7 @@ def same_logits(one, two):
 def test_small_model(folder, little):
     model, processor = load_ctranslate2(folder)
     assert not model.training and same_logits(model, little)
+    assert same_logits(load_ctranslate2(folder / "model.bin")[0], little)
     assert model.proj_out.weight is model.model.decoder.embed_tokens.weight
     assert not model.model.encoder.embed_positions.weight.requires_grad
     for name in ("d_model", "encoder_layers", "decoder_layers", "encoder_ffn_dim", "decoder_ffn_dim", "num_mel_bins",
@@ -412,6 +414,26 @@ def test_huge_claims_allocate_nothing(folder, weights, shape, length):
     tracemalloc.stop()
 
 
+@pytest.mark.parametrize("names, seconds", [("first", 20), ("all", 4)])
+def test_layers_of_aliases(folder, weights, names, seconds):
+    """A small file that names thousands of layers is refused by its names, before a layer is made."""
+    known = [name.removeprefix("encoder/layer_0/") for name in weights if name.startswith("encoder/layer_0/")]
+    if names == "first":
+        known = ["self_attention/linear_0/weight"]
+    aliases = {
+        f"encoder/layer_{layer}/{name}": f"encoder/layer_0/{name}"
+        for layer in range(2, 2 + 9_990 // len(known))
+        for name in known
+    }
+    (folder / "model.bin").write_bytes(model_bin(weights, ALIASES | aliases)[0])
+    tracemalloc.start()
+    begun = process_time()
+    refused(folder, "variables are missing" if names == "first" else "over and over")
+    assert process_time() - begun < seconds  # many times what it takes without being traced
+    assert tracemalloc.get_traced_memory()[1] < 100 << 20
+    tracemalloc.stop()
+
+
 def test_foreign_files(folder):
     random.seed(3)
     for data in (b"", b"\0" * 5000, b"PK\3\4" * 99, b'{"a": 1}', random.randbytes(5000), b"\6\0\0\0" + b"\xff" * 5000):
@@ -422,9 +444,9 @@ def test_foreign_files(folder):
 def test_random_damage(folder, weights):
     """A flipped bit in a weight cannot be seen; anything else is told, and nothing but a ValueError comes out."""
     data, header = model_bin(weights)
-    random.seed(4)
+    random.seed(4 + SEED)
     told = 0
-    for _ in range(300):
+    for case in range(300):
         damaged = bytearray(data)
         for place in random.sample(header, random.choice((1, 1, 2, 5))):
             damaged[place] = random.choice((0, 1, 0x7F, 0x80, 0xFF, damaged[place] ^ 1 << random.randrange(8)))
@@ -437,7 +459,41 @@ def test_random_damage(folder, weights):
         except ValueError as error:
             assert type(error) is ValueError and "model.bin" in str(error)
             told += 1
+        except Exception as error:
+            raise AssertionError(f"WHISPERKV_FUZZ={SEED}, case {case}") from error
     assert told > 200
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json"])
+def test_random_damage_of_json(folder, name):
+    """Other bytes, or values of other types: it can be read, or the error says which file cannot."""
+    whole = (folder / name).read_bytes()
+    random.seed(5 + SEED)
+    told = 0
+    for case in range(60):
+        damaged = bytearray(whole)
+        if case % 2:
+            for place in random.sample(range(len(whole)), random.choice((1, 1, 2, 5))):
+                damaged[place] = random.choice(b'0129-.[]{}",:\\ nt\x00\xff')
+        else:
+            value, places = json.loads(whole), []
+            holder = value
+            while isinstance(holder, (dict, list)) and holder and (not places or random.random() < 0.7):
+                key = random.choice(list(holder) if isinstance(holder, dict) else range(len(holder)))
+                places.append((holder, key))
+                holder = holder[key]
+            holder, key = places[-1]
+            holder[key] = random.choice([None, -1, 2**70, 0.5, "", "a", [], {}, [[]], True, [2**31], float("nan")])
+            damaged = json.dumps(value).encode()
+        (folder / name).write_bytes(damaged)
+        try:
+            load_ctranslate2(folder)
+        except ValueError as error:
+            assert type(error) is ValueError and name in str(error), f"WHISPERKV_FUZZ={SEED}, case {case}"
+            told += 1
+        except Exception as error:
+            raise AssertionError(f"WHISPERKV_FUZZ={SEED}, case {case}: {damaged[:500]}") from error
+    assert told > 10
 
 
 def edited(**changes):

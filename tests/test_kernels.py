@@ -44,7 +44,8 @@ class Step:
     def compare(self):
         """Run the kernel and the reference, and hold one against the other."""
         cache, dtype = [torch.from_numpy(x.copy()) for x in self.cache], self.new[0].dtype.type
-        arguments = [torch.from_numpy(x) for x in self.new] + cache + [torch.from_numpy(self.cursor)]
+        no_sources = torch.empty(0, 0, dtype=torch.int32)
+        arguments = [torch.from_numpy(x) for x in self.new] + cache + [torch.from_numpy(self.cursor), no_sources]
         want_output, want_weights = (x.numpy() for x in reference_attention(*arguments, self.scale, True))
         output, weights = self.run()
         assert (output.dtype, weights.dtype) == (dtype, np.float32)
@@ -473,6 +474,35 @@ def test_read_only_inputs_are_welcome():
 def test_wrong_numbers_are_named(function, name, value, error, text):
     with pytest.raises(error, match=f"^{text}"):
         getattr(_numpy, function)(**FUNCTIONS[function]() | {name: value})
+
+
+@pytest.mark.parametrize(
+    ("function", "written", "other"),
+    [
+        ("compact_attention", "keys", "key"),
+        ("compact_attention", "values", "keys"),
+        ("compact_attention", "keys", "cursor"),
+        ("score_evict", "cursor", "positions"),
+        ("score_evict", "scores", "weights"),
+    ],
+)
+def test_memory_that_is_written_is_not_shared(function, written, other):
+    arguments = FUNCTIONS[function]()
+    memory = np.zeros(sum(arguments[name].nbytes for name in (written, other)) - 4, np.uint8)
+    for name, place in ((written, memory), (other, memory[arguments[written].nbytes - 4 :])):
+        array = arguments[name]
+        arguments[name] = place[: array.nbytes].view(array.dtype).reshape(array.shape)
+        arguments[name][:] = array
+    with pytest.raises(ValueError, match="must have memory of its own, as it is written to, and shares some") as error:
+        getattr(_numpy, function)(**arguments)
+    assert written in str(error.value) and other in str(error.value)
+
+
+def test_sides_whose_product_is_too_large():
+    arguments = eviction_arguments() | {"policy": 2}
+    huge = np.broadcast_to(np.float32(0), (2, 1 << 30, 1 << 25, 5))
+    with pytest.raises(ValueError, match="^weights must have 2.48 numbers at most"):
+        _numpy.score_evict(**arguments | {"weights": huge})
 
 
 @pytest.mark.parametrize("function", FUNCTIONS)

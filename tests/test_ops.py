@@ -4,6 +4,8 @@ import gc
 import os
 import subprocess
 import sys
+import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -471,6 +473,117 @@ def test_a_slot_that_another_row_is_writing():
     given["sources"][0, 4] = 1
     with pytest.raises(RuntimeError, match="sources of row 0, slot 4: row 1 is just writing that slot"):
         attend(given)
+
+
+def sharing(one, other, overlap):
+    """Copies of two tensors, in memory where the second begins before the first ends."""
+    memory = torch.zeros(one.nbytes + other.nbytes - overlap, dtype=torch.uint8)
+    copies = []
+    for tensor, start in ((one, 0), (other, one.nbytes - overlap)):
+        copies.append(memory[start : start + tensor.nbytes].view(tensor.dtype).view(tensor.shape).copy_(tensor))
+    return copies
+
+
+@pytest.mark.parametrize(
+    "run, written, other",
+    [
+        (attend, "keys", "key"), (attend, "keys", "values"), (attend, "values", "query"), (attend, "keys", "cursor"),
+        (attend, "values", "sources"), (evict, "cursor", "positions"), (evict, "positions", "scores"),
+        (evict, "scores", "weights"), (evict, "scores", "keys"),
+    ],
+)  # fmt: skip
+def test_memory_that_is_written_is_not_shared(run, written, other):
+    if DEVICE == "cuda":
+        pytest.skip("views of bytes, moved one by one")
+    given = problem(table=True) | dict(policy=POLICIES.index("heavy_hitter" if other == "weights" else "magnitude"))
+    for overlap in (4, 8):
+        shared = copy(given)
+        shared[written], shared[other] = sharing(given[written], given[other], overlap)
+        with pytest.raises(RuntimeError, match="must have memory of its own, as it is written to, and shares") as error:
+            run(shared)
+        assert written in str(error.value) and other in str(error.value)
+    beside = copy(given)
+    beside[written], beside[other] = sharing(given[written], given[other], 0)
+    if other != "weights":  # whose last ones are not read by the op
+        run(beside)
+
+
+@pytest.mark.parametrize("run, names", [(attend, ATTENTION[:7]), (evict, EVICTION[:5])])
+def test_memory_at_odd_addresses(run, names):
+    """Which torch itself does not make, but torch.frombuffer does."""
+    if DEVICE == "cuda":
+        pytest.skip("memory that is not torch's own")
+    for name in names:
+        given = copy(problem(table=True), policy=POLICIES.index("magnitude" if name == "keys" else "heavy_hitter"))
+        tensor = given[name]
+        memory = bytearray(tensor.nbytes + 1)
+        given[name] = torch.frombuffer(memory, dtype=tensor.dtype, offset=1).view(tensor.shape).copy_(tensor)
+        with pytest.raises(RuntimeError, match=f"{name} must begin at a multiple of 4 bytes"):
+            run(given)
+
+
+def test_sides_whose_product_is_too_large():
+    given = problem() | dict(policy=POLICIES.index("window"))
+    for heads, tokens in ((1 << 30, 1 << 25), (1 << 57, 1), (1, 1 << 44)):
+        with pytest.raises(RuntimeError, match="weights must have 2.48 numbers at most"):
+            evict(given | dict(weights=torch.zeros(()).expand(2, heads, tokens, 24)))
+
+
+@unchecked
+def test_tokens_beyond_32_bits():
+    given = problem(rows=1) | dict(policy=POLICIES.index("window"))
+    given["cursor"][:, 0] = torch.tensor([9, 9, 9, 0])
+    scalar = torch.zeros(())
+    given |= dict(weights=scalar.expand(1, 3, 1 << 40, 24), keys=scalar.expand(1, 3, 24, 64))
+    with pytest.raises(RuntimeError, match="cursor of row 0: the new tokens do not fit"):
+        evict(given)
+    given["cursor"][SEEN] = -(2**31)
+    with pytest.raises(RuntimeError, match="cursor of row 0: the new tokens do not fit"):
+        evict(given)
+    given = problem(rows=1)
+    given["cursor"][:, 0] = torch.tensor([9, 9, 2**31 - 1, 0])
+    for run in (attend, evict):
+        with pytest.raises(RuntimeError, match="positions of the new tokens must be below"):
+            run(given)
+
+
+@unchecked
+def test_another_thread_writes_what_is_checked():
+    """Whatever stands in cursor and table by the time a row is worked on, nothing is written where it does not
+    belong: each call is refused, or its rows get what they get."""
+    given = problem(rows=400, heads=4, slots=32, table=True) | dict(budget=32)
+    sound = {name: given[name].clone() for name in ("cursor", "sources")}
+    guard = 1 << 16  # numbers around the caches, which stay what they are
+    for name in ("keys", "values", "scores", "positions"):
+        tensor = given[name]
+        memory = torch.full((tensor.numel() + 2 * guard,), 77, dtype=tensor.dtype)
+        given[name] = memory[guard:-guard].view(tensor.shape).copy_(tensor.nan_to_num())
+    done, calls = threading.Event(), [0, 0]
+
+    def scribble():
+        wild = {name: torch.randint(-(2**31), 2**31, x.shape).int() for name, x in sound.items()}
+        near = {name: torch.randint(-2, 40, x.shape).int() for name, x in sound.items()}
+        while not done.is_set():
+            for state in (wild, sound, near, sound):
+                for name in sound:
+                    given[name].copy_(state[name])
+                time.sleep(0.001)  # so that some calls find all sound at first
+
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(scribble)
+        end = time.monotonic() + 2
+        while time.monotonic() < end:
+            for number, op in enumerate((attend, evict)):
+                try:
+                    op(given)
+                    calls[number] += 1
+                except RuntimeError as error:
+                    assert "of row" in str(error)
+        done.set()
+    assert min(calls) > 0
+    for name in ("keys", "values", "scores", "positions"):
+        memory = memory_of(given[name])
+        assert (memory[:guard] == 77).all() and (memory[-guard:] == 77).all()
 
 
 @pytest.mark.parametrize("name", ATTENTION[:6])

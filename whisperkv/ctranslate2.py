@@ -46,10 +46,13 @@ TIMESTAMPS = 1501  # 0.00 to 30.00 s in steps of 0.02
 def load_ctranslate2(
     directory: str | PathLike[str], dtype: torch.dtype = torch.float32
 ) -> tuple[WhisperForConditionalGeneration, WhisperProcessor]:
-    """The `(model, processor)` of a faster-whisper folder: model.bin, config.json and tokenizer.json."""
+    """The `(model, processor)` of a faster-whisper folder, or of its model.bin, beside which are config.json and
+    tokenizer.json."""
     if dtype not in FLOATS:
         raise ValueError(f"dtype={dtype!r}: pass one of {', '.join(map(str, FLOATS))}")
     directory = Path(directory)
+    if directory.name == "model.bin" and directory.is_file():
+        directory = directory.parent
     if not directory.is_dir():
         raise FileNotFoundError(f"{directory}: no such folder; pass the folder that holds model.bin")
     for name in ("model.bin", "config.json", "tokenizer.json"):
@@ -161,17 +164,8 @@ def parameters_of(config):
     return names
 
 
-def load_weights(file, variables, config, dtype):
-    parameters = parameters_of(config)
-    projection = variables.get("decoder/projection/weight")
-    config.tie_word_embeddings = projection == variables["decoder/embeddings/weight"]  # the same bytes of the file
-    if not config.tie_word_embeddings:
-        parameters["decoder/projection/weight"] = ["proj_out.weight"]
-    with torch.device("meta"):
-        model = WhisperForConditionalGeneration(config)
-    # k_proj has no bias: CTranslate2 stacks zeros in its place, and softmax would cancel any other value.
-    shapes = {name: list(parameter.shape) for name, parameter in model.state_dict().items()}
-
+def check_names(file, variables, parameters):
+    """Names cost a file little, and the layers that they promise a lot of time and memory."""
     known = {*parameters, *FLAGS, *UNUSED, *(f"{name}_scale" for name in parameters if name.endswith("/weight"))}
     missing = [name for name in parameters if name not in variables]
     foreign = [name for name in variables if name not in known]
@@ -179,6 +173,23 @@ def load_weights(file, variables, config, dtype):
         raise broken(file.name, f"{len(missing)} variables are missing, {missing[0]!r} first")
     if foreign:
         raise broken(file.name, f"variable {foreign[0]!r} is not one of Whisper's")
+    stored = sum(prod(variable.shape) for variable in {one.offset: one for one in variables.values()}.values())
+    if sum(prod(variables[name].shape) for name in parameters) > 2 * stored:
+        raise broken(file.name, "its aliases repeat the same weights over and over")
+
+
+def load_weights(file, variables, config, dtype):
+    parameters = parameters_of(config)
+    projection = variables.get("decoder/projection/weight")
+    config.tie_word_embeddings = projection == variables["decoder/embeddings/weight"]  # the same bytes of the file
+    if not config.tie_word_embeddings:
+        parameters["decoder/projection/weight"] = ["proj_out.weight"]
+    check_names(file, variables, parameters)
+    with torch.device("meta"):
+        model = WhisperForConditionalGeneration(config)
+    # k_proj has no bias: CTranslate2 stacks zeros in its place, and softmax would cancel any other value.
+    shapes = {name: list(parameter.shape) for name, parameter in model.state_dict().items()}
+
     for name, ours in parameters.items():
         stacked = [shapes.get(one, [config.d_model]) for one in ours]
         expected = [sum(shape[0] for shape in stacked), *stacked[0][1:]]
@@ -186,10 +197,6 @@ def load_weights(file, variables, config, dtype):
             raise broken(
                 file.name, f"variable {name!r} has shape {variables[name].shape}, not {expected} as the others"
             )
-    # Aliases could let a small file ask for any amount of memory.
-    stored = sum(prod(variable.shape) for variable in {one.offset: one for one in variables.values()}.values())
-    if sum(prod(variables[name].shape) for name in parameters) > 2 * stored:
-        raise broken(file.name, "its aliases repeat the same weights over and over")
 
     state = {}
     for name, ours in parameters.items():

@@ -10,6 +10,7 @@
 #include <string.h>
 
 #include "../whisperkv.h"
+#include "memory.h"
 
 enum {
   ANY = -1, /* a size that is not known before the array is seen */
@@ -70,11 +71,35 @@ static void *data_of(const char *const name, PyObject *const object, struct expe
     write_shape(allowed, sizeof allowed, want->ndim, want->shape);
     return PyErr_Format(PyExc_ValueError, "%s must have shape [%s] and no empty side, not [%s]", name, allowed, given);
   }
+  if (numbers_in(want->shape, want->ndim) > MOST_NUMBERS)
+    return PyErr_Format(PyExc_ValueError, "%s must have 2^48 numbers at most, and its sides have more", name);
   if (!PyArray_CHKFLAGS(array, want->flags & ~NPY_ARRAY_WRITEABLE))
     return PyErr_Format(PyExc_ValueError, "%s must be C-contiguous and aligned, not strided or shifted", name);
   if (!PyArray_CHKFLAGS(array, want->flags))
     return PyErr_Format(PyExc_ValueError, "%s must be writable, not read-only: it is changed in place", name);
   return PyArray_DATA(array);
+}
+
+struct array {
+  const char *name;
+  PyObject *object; /* NULL if it is not read */
+  bool is_written;
+};
+
+static struct memory memory_of(const struct array *const array) {
+  PyArrayObject *const object = (PyArrayObject *)array->object;
+  return object ? (struct memory){PyArray_DATA(object), (size_t)PyArray_NBYTES(object)} : (struct memory){NULL, 0};
+}
+
+/* Those that are written share memory with no other. */
+static bool are_apart(const struct array *const arrays, const int count) {
+  for (int i = 0; i < count; i++)
+    for (int j = 0; arrays[i].is_written && j < count; j++)
+      if (i != j && overlap(memory_of(&arrays[i]), memory_of(&arrays[j])))
+        return PyErr_Format(PyExc_ValueError,
+                            "%s must have memory of its own, as it is written to, and shares some with %s",
+                            arrays[i].name, arrays[j].name);
+  return true;
 }
 
 static bool read_float(const char *const name, PyObject *const object, float *const number) {
@@ -131,8 +156,11 @@ static PyObject *compact_attention(PyObject *const module, PyObject *const args,
       !(a.cursor = data_of("cursor", cursor, &places)) || !read_float("scale", scale, &a.scale))
     return NULL;
   a.slots = cache.shape[2];
+  const struct array all[] = {{"query", query, false}, {"key", key, false},      {"value", value, false},
+                              {"keys", keys, true},    {"values", values, true}, {"cursor", cursor, false}};
   const int wanted = PyObject_IsTrue(want_weights);
-  if (wanted < 0 || !is_sound(a.cursor, a.rows, a.tokens, a.slots)) return NULL;
+  if (wanted < 0 || !are_apart(all, sizeof all / sizeof all[0]) || !is_sound(a.cursor, a.rows, a.tokens, a.slots))
+    return NULL;
 
   npy_intp none = 0, weights_shape[] = {a.rows, a.heads, a.tokens, a.slots};
   PyObject *const output = PyArray_SimpleNew(4, tokens.shape, tokens.type);
@@ -183,7 +211,12 @@ static PyObject *score_evict(PyObject *const module, PyObject *const args, PyObj
   e.dtype = cache.type == NPY_FLOAT32 ? WKV_FLOAT32 : WKV_FLOAT16;
   /* Several tokens were appended one after another, so none of them may have called for an eviction. */
   const int64_t room = e.tokens > 1 && e.budget < e.slots ? e.budget : e.slots;
-  if (!is_sound(e.cursor, e.rows, e.tokens, room)) return NULL;
+  const struct array all[] = {{"weights", attention_flags ? weights : NULL, false},
+                              {"keys", key_flags ? keys : NULL, false},
+                              {"cursor", cursor, true},
+                              {"positions", positions, true},
+                              {"scores", scores, true}};
+  if (!are_apart(all, sizeof all / sizeof all[0]) || !is_sound(e.cursor, e.rows, e.tokens, room)) return NULL;
 
   Py_BEGIN_ALLOW_THREADS
   kernels->score_evict(&e, 0, e.rows);

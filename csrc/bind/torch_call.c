@@ -55,6 +55,25 @@ static int index_of(const int32_t number, const int32_t *const numbers, const in
   return i;
 }
 
+bool is_empty(const struct call *const call, const int i) {
+  int64_t dim, *sizes;
+  bool empty = false;
+  if (shim.aoti_torch_get_dim(call->tensors[i], &dim) || shim.aoti_torch_get_sizes(call->tensors[i], &sizes))
+    return false;
+  for (int64_t d = 0; d < dim; d++) empty |= !sizes[d];
+  return empty;
+}
+
+/* Where numbers of a dtype that the ops take may begin. */
+static int alignment_of(const int dtype) {
+  switch (dtype) {
+    case TORCH_DTYPE_uint8: return codes_alignment;
+    case TORCH_DTYPE_bfloat16:
+    case TORCH_DTYPE_float16: return 2;
+    default: return 4;
+  }
+}
+
 bool accept(struct call *const call, const int i, const struct argument *const want, const bool is_read) {
   const AtenTensorHandle tensor = call->tensors[i];
   int32_t dtype_number, device_number, device_index;
@@ -80,21 +99,31 @@ bool accept(struct call *const call, const int i, const struct argument *const w
                 wanted == UNKNOWN ? "float32, bfloat16 or float16" : dtype_names[wanted], dtype_names[dtype]);
 
   if (!has_shape(call, want, dim, sizes)) return fail_shape(call, want, dim, sizes);
+  const int64_t numbers = numbers_in(sizes, dim);
+  if (numbers > MOST_NUMBERS)
+    return fail(call, "%s must have 2^48 numbers at most, and its sides have more", want->name);
   if (is_read && !contiguous) return fail(call, "%s must be contiguous, got a strided view", want->name);
+  if (is_read && (uintptr_t)call->data[i] % alignment_of(dtype))
+    return fail(call, "%s must begin at a multiple of %d bytes, got a shifted view: clone() it", want->name,
+                alignment_of(dtype));
 
+  const int64_t item = dtype == TORCH_DTYPE_uint8 ? 1 : alignment_of(dtype);
+  call->bytes[i] = is_read && !is_empty(call, i) ? (size_t)(numbers * item) : 0;
   call->device_index = device_index;
   if (want->dtype == CACHE) call->cache_dtype = dtype;
   for (int64_t d = 0; d < dim; d++) call->sizes[want->shape[d]] = sizes[d];
   return true;
 }
 
-bool is_empty(const struct call *const call, const int i) {
-  int64_t dim, *sizes;
-  bool empty = false;
-  if (shim.aoti_torch_get_dim(call->tensors[i], &dim) || shim.aoti_torch_get_sizes(call->tensors[i], &sizes))
-    return false;
-  for (int64_t d = 0; d < dim; d++) empty |= !sizes[d];
-  return empty;
+bool are_apart(struct call *const call, const struct argument *const arguments, const int count,
+               const unsigned written) {
+  for (int i = 0; i < count; i++)
+    for (int j = 0; written >> i & 1 && j < count; j++)
+      if (i != j && overlap((struct memory){call->data[i], call->bytes[i]},
+                            (struct memory){call->data[j], call->bytes[j]}))
+        return fail(call, "%s must have memory of its own, as it is written to, and shares some with %s",
+                    arguments[i].name, arguments[j].name);
+  return true;
 }
 
 int dtype_of(const struct call *const call, const int i) {
@@ -137,6 +166,7 @@ bool needs_no_grad(struct call *const call, const struct argument *const argumen
 static bool new_tensor(const struct call *const call, const int dim, const int64_t *const sizes, const int dtype,
                        AtenTensorHandle *const tensor, void **const data) {
   int64_t strides[MAX_DIM], stride = 1;
+  if (numbers_in(sizes, dim) > MOST_NUMBERS) return false;
   for (int d = dim - 1; d >= 0; d--) {
     strides[d] = stride;
     stride *= sizes[d] > 1 ? sizes[d] : 1;

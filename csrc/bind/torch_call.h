@@ -4,6 +4,7 @@
 #include <stdbool.h>
 
 #include "../whisperkv.h"
+#include "memory.h"
 #include "torch_shim.h"
 
 enum size { ROWS, TOKENS, HEADS, SLOTS, DIM, CURSORS, AUDIOS, FRAMES, TILES, STRIP, CHANNELS, GROUPS, PAIR, SIZES };
@@ -22,6 +23,7 @@ struct argument {
 struct call {
   AtenTensorHandle tensors[MAX_TENSORS], results[MAX_RESULTS], borrowed[MAX_BORROWED];
   void *data[MAX_TENSORS];
+  size_t bytes[MAX_TENSORS]; /* 0 of those that are not read */
   int64_t sizes[SIZES];
   int cache_dtype, device_index; /* UNKNOWN, until a tensor says */
   CUDAGuardHandle guard; /* while a kernel is launched */
@@ -33,6 +35,9 @@ __attribute__((format(printf, 2, 3))) bool fail(struct call *, const char *forma
 
 /* Checks tensor i of a call. One that the op does not read lends its shape alone: it may be an expanded scalar. */
 bool accept(struct call *, int i, const struct argument *, bool is_read);
+
+/* Of the tensors accepted, those that the op writes (a bit of `written` each) share memory with no other. */
+bool are_apart(struct call *, const struct argument *, int count, unsigned written);
 
 /* Whether tensor i has no elements, which stands for none where one may be left out. */
 bool is_empty(const struct call *, int i);
@@ -50,11 +55,9 @@ bool new_result(struct call *, int i, int dim, const int64_t *sizes, int dtype, 
 /* Memory for as long as the call runs: two more tensors, released with it. NULL if there is none. */
 void *borrow(struct call *, int64_t floats);
 
-static inline int64_t count_of(const int64_t n, const int64_t unit) { return (n + unit - 1) / unit; }
-
 /* Of a head in a packed cache, and in the sums of its ranges of frames. */
 static inline int64_t padded_channels(const int64_t head_dim) {
-  return count_of(head_dim, WKV_CHANNELS) * WKV_CHANNELS;
+  return wkv_round_up(head_dim, WKV_CHANNELS);
 }
 
 bool as_bool(StableIValue);

@@ -7,6 +7,7 @@
 
 const enum torch_device device_type = TORCH_DEVICE_cpu;
 const char *const device_key = "CPU";
+const int codes_alignment = 1;
 
 static const struct wkv_cpu_kernels *kernels;
 
@@ -46,7 +47,7 @@ bool device_evict(struct call *const call, const struct wkv_eviction *const e) {
   /* several tokens were appended one after another, so none but the last may call for an eviction */
   const int64_t slots = e->tokens > 1 ? e->budget : e->slots;
   return !wkv_check_cursor(e->cursor, e->rows, e->tokens, slots, call->error, sizeof call->error) &&
-         share_out(call, e->rows, 1.0 * e->tokens * e->slots * (e->heads + 1), evict, (void *)e);
+         share_out(call, e->rows, 1.0 * e->tokens * e->slots * (e->heads + 1.0), evict, (void *)e);
 }
 
 /* ---- cross-attention ---- */
@@ -84,7 +85,7 @@ struct sharing {
 
 static void attend_cross(const int64_t begin, const int64_t end, void *const context) {
   struct sharing *const sharing = context;
-  void *const scratch = aligned_alloc(64, count_of((int64_t)sharing->scratch, 64) * 64);
+  void *const scratch = aligned_alloc(64, (size_t)wkv_round_up((int64_t)sharing->scratch, 64));
   if (scratch) kernels->cross_attention(sharing->attention, scratch, begin, end);
   else sharing->no_memory = true;
   free(scratch);

@@ -3,7 +3,8 @@
 #include "torch_ops.h"
 
 static bool is_group(struct call *const call, const int64_t group) {
-  return (group > 0 && group % WKV_TILE == 0 && (group % WKV_BLOCK == 0 || WKV_BLOCK % group == 0)) ||
+  const bool is_sound = group > 0 && group <= INT32_MAX && group % WKV_TILE == 0;
+  return (is_sound && (group % WKV_BLOCK == 0 || WKV_BLOCK % group == 0)) ||
          fail(call, "group must be 16, 32, 64, 128 or a multiple of 256 frames, got %lld", (long long)group);
 }
 
@@ -22,8 +23,8 @@ static bool pack_frames(struct call *const call, const StableIValue *const numbe
   if (bits != 8 && bits != 4) return fail(call, "bits must be 8 or 4, got %lld", (long long)bits);
   const int64_t *const size = call->sizes;
   const int64_t channels = padded_channels(size[DIM]);
-  const int64_t groups = group > 0 ? count_of(size[FRAMES], group) : 0;
-  const int64_t codes_shape[] = {size[AUDIOS], size[HEADS], count_of(size[FRAMES], WKV_TILE), 2 * bits, channels};
+  const int64_t groups = group > 0 ? wkv_count_of(size[FRAMES], group) : 0;
+  const int64_t codes_shape[] = {size[AUDIOS], size[HEADS], wkv_count_of(size[FRAMES], WKV_TILE), 2 * bits, channels};
   const int64_t scales_shape[] = {size[AUDIOS], size[HEADS], groups, 2, channels};
   void *codes, *scales;
   if (!is_group(call, group) || !needs_no_grad(call, packing_arguments, PACKING_TENSORS) ||
@@ -74,6 +75,7 @@ static const struct argument packed_arguments[CROSS_TENSORS] = {
 /* A packed cache is as large as `frames` and `group` say. */
 static bool fits(struct call *const call, const int64_t frames, const int64_t group) {
   const int64_t *const size = call->sizes, channels = padded_channels(size[DIM]);
+  if (!is_within(call, "frames", frames, 1, INT32_MAX)) return false;
   if (size[STRIP] != 16 && size[STRIP] != 8)
     return fail(call, "keys must have 16 bytes (8 bits) or 8 bytes (4 bits) a tile and channel, got %lld",
                 (long long)size[STRIP]);
@@ -83,10 +85,10 @@ static bool fits(struct call *const call, const int64_t frames, const int64_t gr
   if (size[CHANNELS] != channels)
     return fail(call, "keys must have %lld channels for queries of %lld, got %lld", (long long)channels,
                 (long long)size[DIM], (long long)size[CHANNELS]);
-  if (size[TILES] != count_of(frames, WKV_TILE) || size[GROUPS] != count_of(frames, group))
+  if (size[TILES] != wkv_count_of(frames, WKV_TILE) || size[GROUPS] != wkv_count_of(frames, group))
     return fail(call, "%lld frames in groups of %lld are %lld tiles and %lld groups, got %lld and %lld",
-                (long long)frames, (long long)group, (long long)count_of(frames, WKV_TILE),
-                (long long)count_of(frames, group), (long long)size[TILES], (long long)size[GROUPS]);
+                (long long)frames, (long long)group, (long long)wkv_count_of(frames, WKV_TILE),
+                (long long)wkv_count_of(frames, group), (long long)size[TILES], (long long)size[GROUPS]);
   call->sizes[FRAMES] = frames;
   return true;
 }

@@ -1,6 +1,8 @@
 /* The ops on CUDA: on the device of their tensors, and the stream that torch is using there. */
 #include "torch_device.h"
 
+const int codes_alignment = 16; /* they are copied in pieces of that size */
+
 #ifdef WKV_CUDA_ON_CPU /* the kernels of CUDA compiled for the CPU, see tests/cuda */
 const enum torch_device device_type = TORCH_DEVICE_cpu;
 const char *const device_key = "CPU";
@@ -49,8 +51,12 @@ static const char *attend_cross(const void *const a, void *const stream) {
   return wkv_cuda_cross_attention(a, stream);
 }
 
-bool device_attend(struct call *const call, const struct wkv_attention *const a) { return launch(call, attend, a); }
-bool device_evict(struct call *const call, const struct wkv_eviction *const e) { return launch(call, evict, e); }
+bool device_attend(struct call *const call, const struct wkv_attention *const a) {
+  return is_within(call, "rows times heads", a->rows * a->heads, 0, INT32_MAX) && launch(call, attend, a);
+}
+bool device_evict(struct call *const call, const struct wkv_eviction *const e) {
+  return is_within(call, "rows", e->rows, 0, INT32_MAX) && launch(call, evict, e);
+}
 bool device_pack(struct call *const call, const struct wkv_packing *const p) { return launch(call, pack, p); }
 
 bool device_attend_cross(struct call *const call, struct wkv_cross_attention *const a) {

@@ -7,6 +7,9 @@
 extern const enum torch_device device_type;
 extern const char *const device_key;
 
+/* The codes of packed caches begin at a multiple of so many bytes. */
+extern const int codes_alignment;
+
 /* Makes the kernels ready: what they are called, or NULL with a reason written to error. */
 const char *device_start(char *error, size_t error_size);
 

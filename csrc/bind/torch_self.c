@@ -28,7 +28,8 @@ static bool compact_attention(struct call *const call, const StableIValue *const
   const int64_t output_shape[] = {size[ROWS], size[TOKENS], size[HEADS], size[DIM]};
   const int64_t weights_shape[] = {size[ROWS], size[HEADS], size[TOKENS], size[SLOTS]};
   void *output, *weights;
-  if (!is_finite(call, "scale", scale) || !needs_no_grad(call, attention_arguments, given) ||
+  if (!is_finite(call, "scale", scale) || !are_apart(call, attention_arguments, given, 1u << KEYS | 1u << VALUES) ||
+      !needs_no_grad(call, attention_arguments, given) ||
       !new_result(call, 0, 4, output_shape, call->cache_dtype, &output) ||
       !new_result(call, 1, want_weights ? 4 : 1, want_weights ? weights_shape : &none, TORCH_DTYPE_float32, &weights))
     return false;
@@ -75,7 +76,9 @@ static bool score_evict(struct call *const call, const StableIValue *const numbe
     if (!accept(call, i, &eviction_arguments[i], is_read[i])) return false;
   const int64_t *const size = call->sizes;
   if (!is_within(call, "budget", budget, 1, size[SLOTS]) || !is_within(call, "recent", recent, 1, INT32_MAX) ||
-      !is_finite(call, "decay", decay) || !needs_no_grad(call, eviction_arguments, EVICTION_TENSORS))
+      !is_finite(call, "decay", decay) ||
+      !are_apart(call, eviction_arguments, EVICTION_TENSORS, 1u << MOVED_CURSOR | 1u << POSITIONS | 1u << SCORES) ||
+      !needs_no_grad(call, eviction_arguments, EVICTION_TENSORS))
     return false;
   struct wkv_eviction eviction = {
       .rows = size[ROWS],

@@ -14,7 +14,8 @@ const char *wkv_check_cursor(const int32_t *const cursor, const int64_t rows, co
     const char *const wrong = live < 0 || live > slots           ? "live must be in 0..slots"
                               : slot < 0 || slot > live          ? "slot must be in 0..live"
                               : tokens > 1 && slot != live       ? "slot must be live for more than one token"
-                              : written && slot + written > slots ? "the new tokens do not fit"
+                              : written && written > slots - slot ? "the new tokens do not fit"
+                              : seen > INT32_MAX - tokens        ? "the positions of the new tokens must be below 2^31"
                                                                  : NULL;
     if (!wrong) continue;
     snprintf(error, error_size, "cursor of row %lld: %s (live %lld, slot %lld, seen %lld, tokens %lld, slots %lld)",
@@ -24,19 +25,31 @@ const char *wkv_check_cursor(const int32_t *const cursor, const int64_t rows, co
   return NULL;
 }
 
+/* Whether a call that begins in slot `first` may write this one. */
+static bool is_new(const struct wkv_attention *const a, const int64_t first, const int64_t slot) {
+  return slot >= first && slot - first < a->tokens;
+}
+
 const char *wkv_check_sources(const struct wkv_attention *const a, char *const error, const size_t error_size) {
-  const int32_t *const first_new = a->cursor + WKV_SLOT * a->rows;
-  for (int64_t row = 0; a->sources && row < a->rows; row++)
-    for (int64_t slot = 0; slot < a->cursor[WKV_LIVE * a->rows + row]; slot++) {
-      const int64_t source = a->sources[row * a->slots + slot];
-      if (source == row || (slot >= first_new[row] && slot < first_new[row] + a->tokens)) continue;
+  if (!a->sources) return NULL;
+  /* read one by one, as another thread may write them */
+  const volatile int32_t *const sources = a->sources, *const all_live = a->cursor + WKV_LIVE * a->rows;
+  const volatile int32_t *const first_new = a->cursor + WKV_SLOT * a->rows;
+  int64_t settled = a->slots; /* what comes before it is written by no row */
+  for (int64_t row = 0; row < a->rows; row++) settled = first_new[row] < settled ? first_new[row] : settled;
+  for (int64_t row = 0; row < a->rows; row++) {
+    const int64_t live = all_live[row], first = first_new[row];
+    for (int64_t slot = 0; slot < live && slot < a->slots; slot++) {
+      const int64_t source = sources[row * a->slots + slot];
       const bool is_row = source >= 0 && source < a->rows;
-      if (is_row && (slot < first_new[source] || slot >= first_new[source] + a->tokens)) continue;
+      if (is_row && (slot < settled || source == row || !is_new(a, first_new[source], slot))) continue;
+      if (is_new(a, first, slot)) continue; /* the table is not asked */
       snprintf(error, error_size, is_row ? "sources of row %lld, slot %lld: row %lld is just writing that slot"
                                          : "sources of row %lld, slot %lld: must be one of the rows, got %lld",
                (long long)row, (long long)slot, (long long)source);
       return error;
     }
+  }
   return NULL;
 }
 

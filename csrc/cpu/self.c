@@ -12,24 +12,27 @@ enum {
   ABREAST = 4    /* values added up in registers before their sum goes back to memory */
 };
 
+/* What was checked before a kernel ran, another thread may have written since: it is read into variables and checked
+ * again there, and the compiler may not read it a second time. */
+#define READ_BY_NOW __asm__ volatile("" ::: "memory")
+
 /* ---- compact_attention ---- */
 
 INLINE void clear(vf *const sums, const int64_t channels) {
   for (int64_t d = 0; d < channels; d += PAIR) sums[d / W] = sums[d / W + 1] = (vf){0};
 }
 
-/* Another thread may write what was checked before: what is read once can be checked again, and stays what it is. */
-INLINE int64_t read_once(const int32_t *const number) { return *(const volatile int32_t *)number; }
-
 /* Where slots start, start + 1, ... of a head are, counted in numbers from where the row's own slot `start` is. */
 INLINE void find_slots(const struct wkv_attention *const a, const int64_t head_dim, const int64_t row,
                        const int64_t first_new, const int64_t start, const int64_t slots, int64_t *const places) {
-  for (int64_t i = 0; i < slots; i++) {
-    const int64_t slot = start + i, source = read_once(a->sources + row * a->slots + slot);
-    const bool is_new = slot >= first_new && slot < first_new + a->tokens;
-    const bool is_elsewhere = !is_new && source >= 0 && source < a->rows;
-    places[i] = (i + (is_elsewhere ? source - row : 0) * a->heads * a->slots) * head_dim;
-  }
+  const int64_t new_end = least(slots, first_new + a->tokens - start), whole_row = a->heads * a->slots * head_dim;
+  const int32_t rows = (int32_t)a->rows, own = (int32_t)row;
+  int32_t sources[BLOCK];
+  memcpy(sources, a->sources + row * a->slots + start, (size_t)slots * sizeof *sources);
+  READ_BY_NOW;
+  for (int64_t i = 0; i < slots; i++) sources[i] = sources[i] >= 0 && sources[i] < rows ? sources[i] : own;
+  for (int64_t i = first_new > start ? first_new - start : 0; i < new_end; i++) sources[i] = own;
+  for (int64_t i = 0; i < slots; i++) places[i] = i * head_dim + (sources[i] - row) * whole_row;
 }
 
 /* The same, where no table says otherwise. */
@@ -109,7 +112,7 @@ INLINE void attend(const enum wkv_dtype dtype, const struct wkv_attention *const
   float total = 0, top = -FLT_MAX; /* finite, so that logits of -inf weigh 0 and are not subtracted from each other */
   for (int64_t start = 0; start < live; start += BLOCK) {
     float block[BLOCK];
-    const int64_t slots = least(BLOCK, live - start), padded = (slots + TOGETHER - 1) / TOGETHER * TOGETHER;
+    const int64_t slots = least(BLOCK, live - start), padded = wkv_round_up(slots, TOGETHER);
     int64_t found[BLOCK], *const places = by_table ? found : NULL;
     if (by_table) find_slots(a, head_dim, row, first_new, start, slots, places);
     for (int64_t s = 0; s < padded; s++) block[s] = 0;
@@ -153,12 +156,13 @@ INLINE void attend_row(const enum wkv_dtype dtype, const struct wkv_attention *c
   char *const values = (char *)a->values + (row * a->heads + head) * a->slots * size;
   int64_t live = a->cursor[WKV_LIVE * a->rows + row], slot = a->cursor[WKV_SLOT * a->rows + row];
   const int64_t seen = a->cursor[WKV_SEEN * a->rows + row], first_new = slot;
+  READ_BY_NOW;
 
   for (int64_t token = 0; token < a->tokens; token++) {
     const int64_t from = ((row * a->tokens + token) * a->heads + head) * size;
     char *const output = (char *)a->output + from;
     float *const weights = a->weights ? a->weights + ((row * a->heads + head) * a->tokens + token) * a->slots : NULL;
-    if (seen + token < 0) {
+    if (seen + token < 0 || slot < 0 || slot >= a->slots || live < 0 || live > a->slots) {
       memset(output, 0, (size_t)size);
       if (weights) memset(weights, 0, (size_t)a->slots * sizeof(float));
       continue;
@@ -294,8 +298,13 @@ void ON_ISA(wkv_score_evict)(const struct wkv_eviction *const e, const int64_t b
     int32_t *const cursor = e->cursor + row;
     int64_t live = cursor[WKV_LIVE * e->rows], slot = cursor[WKV_SLOT * e->rows], seen = cursor[WKV_SEEN * e->rows];
     const int64_t pinned = cursor[WKV_PINNED * e->rows];
-    for (int64_t token = 0; token < e->tokens; token++) {
-      if (seen >= 0) {
+    READ_BY_NOW;
+    if (slot < 0 || live < 0 || live > e->slots) continue;
+    const int64_t padding = seen < 0 ? least(-seen, e->tokens) : 0;
+    seen += padding;
+    if (padding) slot = next_slot(e, row, live, seen, pinned);
+    for (int64_t token = padding; token < e->tokens; token++) {
+      if (slot < e->slots) {
         e->positions[row * e->slots + slot] = (int32_t)seen;
         live = slot + 1 > live ? slot + 1 : live;
         score_with[e->policy](e, row, token, live, slot);
