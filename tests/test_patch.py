@@ -11,7 +11,7 @@ import torch
 from transformers import WhisperForAudioClassification, WhisperForConditionalGeneration
 from transformers.models.whisper.modeling_whisper import WhisperAttention
 
-from whisperkv import CrossConfig, EvictionConfig, adoption, ops, patch, stats, unpatch
+from whisperkv import CrossConfig, EvictionConfig, eligible, ops, patch, stats, unpatch
 from whisperkv.attention import SelfAttention, self_cache_layer
 from whisperkv.records import Stats
 
@@ -337,7 +337,7 @@ def test_cuda(monkeypatch, built, capability, probed, reason):
     monkeypatch.setattr(ops, "cuda_reason", ops.cuda_reason.__wrapped__)  # which remembers what it found
     text = re.escape(f"cuda:1, and whisperkv has no CUDA kernels for it ({reason}): move it with model.to('cpu')")
     with pytest.raises(ValueError, match=text) if reason else nullcontext():
-        adoption.check_device(decoder)
+        eligible.check_device(decoder)
 
 
 def test_an_unknown_attention(small):

@@ -21,7 +21,7 @@ def reordered(sources, rows, live):
 
 
 class Tables:
-    """All layers of a cache ask for the same change of the same table, one after another: the first of them makes it."""
+    """All layers of a cache ask for the same change of the same table, one after another: the first one makes it."""
 
     def __init__(self):
         self._asked, self._made = (), None

@@ -39,7 +39,7 @@ def who_traces(cache):
     exporters decode once to see what a cache looks like. Both are seen in the frames that called us.
     """
     if torch.compiler.is_compiling() or torch.jit.is_tracing():
-        return "the model is being compiled or exported (patch() speeds up the model as it is; unpatch() before an export)"
+        return "the model is being compiled or exported (whisperkv decodes without; unpatch() before an export)"
     cache = cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
     is_static = cache is not None and cache.is_compileable and type(cache).__name__ == "StaticCache"
     frame = sys._getframe(1)

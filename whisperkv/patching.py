@@ -8,8 +8,9 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 from transformers import WhisperForCausalLM, WhisperForConditionalGeneration, WhisperModel
 from transformers.models.whisper.modeling_whisper import WhisperAttention, WhisperDecoder, WhisperEncoder
 
-from .adoption import ATTENTIONS, CacheAdoption, become, check_device, check_projections
+from .adoption import CacheAdoption
 from .config import CrossConfig, EvictionConfig
+from .eligible import ATTENTIONS, become, check_device, check_projections
 from .graphs import GraphDecoder, Graphs
 from .listener import EncoderListener
 from .records import Stats

@@ -18,8 +18,8 @@ class View(torch.Tensor):
     """Keys (part 0) or values (part 1) of some rows of a layer, of the first so many tokens or frames:
     [rows, heads, tokens, head_dim].
 
-    Its layer has heads, head_dim, dtype, device, batch_size, `views` (an Onlookers), and floats(part, rows, tokens) that
-    makes the tensor. What a View shows does not change: before its layer loses it, the View takes it (`own`).
+    Its layer has heads, head_dim, dtype, device, batch_size, `views` (an Onlookers), and floats(part, rows, tokens),
+    which makes the tensor. What a View shows does not change: before its layer loses it, the View takes it (`own`).
     """
 
     @staticmethod
