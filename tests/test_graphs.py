@@ -483,7 +483,7 @@ def test_what_was_taken_from_a_cache_stays(small, audio, graph):
         del cache, layer, whole
         generate(small, audio.flip(0), max_new_tokens=20)
         assert torch.equal(row[0], before[1])
-    assert len(graph.made) == 1
+    assert len(graph.made) == 2  # the memory of a cache that somebody looks at is not another's
 
 
 def test_a_pickle_takes_no_more_than_the_cache(small, audio, graph):

@@ -278,11 +278,11 @@ class SelfCacheLayer(CacheLayerMixin):
             self.home.reorder_slots(self.index, beam_idx, self.live)
             self._select_padding(rows)
         elif self.is_exact and len(rows) == self.batch_size:
-            tables = self.shared.tables  # beam_idx is the same tensor for all layers
+            tables = self.shared.tables  # rows are the same tensor for all layers
             if self.sources.numel() == 0:
-                self.sources = tables.begun(beam_idx, self.slots, self.live)
+                self.sources = tables.begun(rows, self.slots, self.live)
             else:
-                self.sources = tables.reordered(self.sources, beam_idx, self.live)
+                self.sources = tables.reordered(self.sources, rows, self.live)
             self._note_slots()
         else:
             self._bring_together()

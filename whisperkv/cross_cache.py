@@ -25,7 +25,7 @@ ROOM = 128  # a home has room for a multiple of so many frames, that audios trim
 
 
 def _is_autocast(device):
-    return torch.is_autocast_enabled(device.type)
+    return torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
 
 
 def owners_of(states, share):
