@@ -26,6 +26,7 @@ template <class T_, int BITS_, int FRAMES_, int TILES_, int WARPS_, int BLOCKS_>
     COLUMNS = FRAMES / TILE_COLUMNS,
     CHANNELS = TILES * WARPS * TILE_COLUMNS,
     PAD = sizeof(piece) / sizeof(T), /* so that rows begin in different banks */
+    LINE = FRAMES + 8,               /* of logits, for the same end */
   };
 };
 
@@ -37,7 +38,7 @@ template <class P> struct room {
   typedef typename P::T T;
   T *query;         /* [QUERIES, channels + PAD] */
   T *tiles[2];      /* of keys and values [FRAMES, channels + PAD]; in the latent formats the same memory */
-  float *logits;    /* [slices, QUERIES, FRAMES]: of a part of the channels each */
+  float *logits;    /* [slices, QUERIES, LINE]: of a part of the channels each */
   T *weights;       /* [QUERIES, FRAMES + PAD] */
   float *top, *total, *shrink; /* [QUERIES]: largest logit, sum of exponentials, what the sums so far weigh now */
   int *number;      /* [QUERIES]: row * tokens + token of each query */
@@ -49,7 +50,7 @@ template <class P> struct room {
     take(memory, &tiles[0], P::FRAMES * row);
     if (apart) take(memory, &tiles[1], P::FRAMES * row);
     else tiles[1] = tiles[0];
-    take(memory, &logits, (size_t)slices * QUERIES * P::FRAMES);
+    take(memory, &logits, (size_t)slices * QUERIES * P::LINE);
     take(memory, &weights, QUERIES * (P::FRAMES + P::PAD));
     take(memory, &top, QUERIES);
     take(memory, &total, QUERIES);
@@ -58,7 +59,7 @@ template <class P> struct room {
   }
 
   template <class N> __host__ __device__ void take(char *const memory, N **const place, const size_t count) {
-    *place = (N *)((uintptr_t)memory + bytes);
+    *place = (N *)(memory + bytes); /* an integer in between would lose that it is shared memory */
     bytes += (count * sizeof(N) + sizeof(piece) - 1) / sizeof(piece) * sizeof(piece);
   }
 };
@@ -187,8 +188,8 @@ template <class P> __device__ void score(const struct block &b, const room<P> &r
       load_turned(&keys, r.tiles[0] + column * TILE_COLUMNS * stride + k * TILE_DEPTH, stride, b.lane);
       multiply(sums, query, keys);
     }
-    float *const logits = r.logits + slice * QUERIES * P::FRAMES + column * TILE_COLUMNS;
-    for (int s = 0; s < 4; s++) logits[row_of(b.lane, s) * P::FRAMES + column_of(b.lane, s)] = sums[s];
+    float *const logits = r.logits + slice * QUERIES * P::LINE + column * TILE_COLUMNS + column_of(b.lane, 0);
+    for (int s = 0; s < 4; s += 2) *(pair *)(logits + row_of(b.lane, s) * P::LINE) = {sums[s], sums[s + 1]};
   }
 }
 
@@ -204,7 +205,7 @@ __device__ void soften(const struct block &b, const struct wkv_cross_attention &
       logit[i] = -INFINITY;
       if (frame >= P::FRAMES || first + frame >= b.length) continue;
       float sum = 0;
-      for (int slice = 0; slice < b.slices; slice++) sum += r.logits[(slice * QUERIES + query) * P::FRAMES + frame];
+      for (int slice = 0; slice < b.slices; slice++) sum += r.logits[(slice * QUERIES + query) * P::LINE + frame];
       logit[i] = sum * a.scale;
       top = fmaxf(top, logit[i]);
       if (a.weights) {

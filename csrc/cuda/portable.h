@@ -77,6 +77,10 @@ struct __align__(16) piece {
   uint32_t word[4];
 };
 
+struct __align__(8) pair {
+  float first, second;
+};
+
 /* Into shared memory, without waiting: copies become visible to a thread that has called copies_but(n) with no more
  * than n groups begun since, and to the others after the next __syncthreads. */
 INLINE void copy_piece(void *const to, const void *const from) {
