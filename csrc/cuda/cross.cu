@@ -2,7 +2,8 @@
  * queries of all beams (and in the latent formats of all heads) go over each tile of frames together, sixteen of them
  * for the tensor cores. A second kernel adds the ranges up. What is packed becomes numbers of the model's dtype on its
  * way to shared memory. */
-#include "portable.h"
+#include "cross_heads.h"
+#include "queries.h"
 #include "tiles.h"
 
 namespace {
@@ -136,25 +137,6 @@ __device__ void stage(const struct block &b, const struct wkv_cross_attention &a
   const float *const scales = values ? a.value_scales : a.key_scales;
   if (P::BITS != 0) stage_codes<P>(b, (const uint8_t *)cache, scales, a.frames, a.group, first, to);
   else stage_floats<P>(b, cache, a.frames, first, aligned, to);
-}
-
-/* The numbers of the queries of this audio from the skipped-th on, by the first warp. Returns how many there are. */
-__device__ int find_queries(const struct block &b, const struct wkv_cross_attention &a, const int skipped,
-                            int *const number) {
-  int before = 0; /* rows of this audio so far */
-  for (int64_t first = 0; first < a.rows; first += WARP) {
-    const int64_t row = first + b.lane;
-    const bool is_ours = row < a.rows && a.owner[row] == b.audio;
-    const unsigned ours = __ballot_sync(ALL_LANES, is_ours);
-    const int place = before + __popc(ours & ((1u << b.lane) - 1));
-    before += __popc(ours);
-    for (int token = 0; is_ours && token < a.tokens; token++) {
-      const int64_t query = place * a.tokens + token - skipped;
-      if (query >= 0 && query < QUERIES) number[query] = (int)(row * a.tokens + token);
-    }
-  }
-  const int64_t left = before * a.tokens - skipped;
-  return (int)smaller(left, QUERIES);
 }
 
 template <class P>
@@ -316,15 +298,6 @@ __device__ void attend_some(const struct block &b, const struct wkv_cross_attent
   store<P>(b, a, queries, r, sums);
 }
 
-/* Rows of no audio get zeros: owners cannot be checked without waiting for them. */
-template <class P> __device__ void clear_strays(const struct block &b, const struct wkv_cross_attention &a) {
-  for (int64_t i = b.thread; i < a.rows * a.tokens; i += b.threads) {
-    const int64_t owner = a.owner[i / a.tokens];
-    for (int d = 0; d < b.dim && (owner < 0 || owner >= a.audios); d++)
-      convert(0, (typename P::T *)a.output + (i * a.heads + b.head) * b.dim + d);
-  }
-}
-
 /* Grid: audios, heads and splits, and for each of these `lots` blocks, which share out its queries. */
 template <class P>
 __global__ void __launch_bounds__(P::WARPS *WARP, P::BLOCKS)
@@ -350,12 +323,12 @@ attend(const struct wkv_cross_attention a, const int lots, const int slices, con
   b.lane = b.thread % WARP;
   b.warp = b.thread / WARP;
   b.warps = b.threads / WARP;
-  if (b.audio == 0 && lot == 0 && !a.sums) clear_strays<P>(b, a);
+  if (b.audio == 0 && lot == 0 && !a.sums) clear_strays<typename P::T>(a, b.head, b.thread, b.threads);
   const bool apart = a.keys != a.values;
   const room<P> r(memory, b.channels, apart, slices);
   for (int skipped = lot * QUERIES;; skipped += lots * QUERIES) {
     if (b.warp == 0) {
-      const int queries = find_queries(b, a, skipped, r.number);
+      const int queries = find_queries(a, b.audio, b.lane, skipped, QUERIES, r.number);
       if (b.lane == 0) found = queries;
     }
     __syncthreads();
@@ -421,6 +394,8 @@ template <class P> const char *launch_plan(const struct wkv_cross_attention *con
 
 template <class T, int BITS>
 const char *launch_bits(const struct wkv_cross_attention *const a, const cudaStream_t stream) {
+  if constexpr (sizeof(T) == 2)
+    if (heads::can(a)) return heads::launch<T, BITS>(a, stream);
   return is_wide(a) ? launch_plan<wide<T, BITS>>(a, stream) : launch_plan<narrow<T, BITS>>(a, stream);
 }
 

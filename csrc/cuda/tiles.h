@@ -56,6 +56,39 @@ template <class T> INLINE void load(right_tile<T> *const to, const T *const from
 #endif
 }
 
+/* Two right tiles at once, from four squares of 8 x 8: a lane names row lane % 8 of square lane / 8. Turned, rows of the
+ * squares are columns of the right matrices. */
+#ifdef CUDASHIM
+INLINE void rows_of_squares(const void *const row, const uint16_t **const rows) {
+  cudashim::meet(~0u, (uint64_t)(uintptr_t)row, [&](const uint64_t *const all) { memcpy(rows, all, WARP * sizeof *all); });
+}
+template <class T> INLINE void load_two_turned(right_tile<T> *const to, const void *const row) {
+  const uint16_t *rows[WARP];
+  rows_of_squares(row, rows);
+  const int lane = threadIdx.x % WARP;
+  for (int i = 0; i < 4; i++) to[i / 2].word[i % 2] = two_at(rows[8 * i + lane / 4] + lane % 4 * 2);
+}
+template <class T> INLINE void load_two(right_tile<T> *const to, const void *const row) {
+  const uint16_t *rows[WARP];
+  rows_of_squares(row, rows);
+  const int lane = threadIdx.x % WARP;
+  for (int i = 0; i < 4; i++) {
+    const uint16_t *const *const two = rows + 8 * i + lane % 4 * 2;
+    to[i / 2].word[i % 2] = two[0][lane / 4] | (uint32_t)two[1][lane / 4] << 16;
+  }
+}
+#else
+#define LOAD_TWO(name, turning) \
+  template <class T> INLINE void name(right_tile<T> *const to, const void *const row) { \
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4" turning ".shared.b16 {%0, %1, %2, %3}, [%4];" \
+                 : "=r"(to[0].word[0]), "=r"(to[0].word[1]), "=r"(to[1].word[0]), "=r"(to[1].word[1]) \
+                 : "r"((uint32_t)__cvta_generic_to_shared(row)) \
+                 : "memory"); \
+  }
+LOAD_TWO(load_two_turned, "")
+LOAD_TWO(load_two, ".trans")
+#endif
+
 #ifdef CUDASHIM
 template <class T> INLINE void multiply(float *const sums, const left_tile<T> &a, const right_tile<T> &b) {
   uint64_t left[2][WARP], right[WARP]; /* of all lanes: the words of depths up to 7 and from 8 on */
