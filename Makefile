@@ -8,7 +8,7 @@ TESTS ?= tests
 SOURCES := $(shell find csrc -name '*.[ch]' -o -name '*.cu') setup.py pyproject.toml $(CONSTRAINTS)
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-floor sanitize sanitize-cuda gpu gpu-sanitize bench clean
+.PHONY: demo test test-floor sanitize sanitize-cuda ptx gpu gpu-sanitize bench clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python -m whisperkv.demo $(AUDIO)
@@ -30,6 +30,10 @@ sanitize: $(VENV)/.test
 sanitize-cuda: $(VENV)/.test
 	PYTHON=$(BIN)/python sh tests/sanitize.sh cuda
 	SHIM_REVERSE=1 PYTHON=$(BIN)/python sh tests/sanitize.sh cuda
+
+# What nvcc makes of the kernels for CUDA, in an interpreter: all cases, not only the short ones of `make test`.
+ptx: $(VENV)/.test
+	WHISPERKV_PTX=all $(BIN)/python -m pytest -q tests/test_ptx.py
 
 # On a machine with a GPU and nvcc: the tests, those of the ops, of graphs and of generate() on CUDA, then the benchmarks.
 # WEIGHTS="tiny.en=FOLDER" for the real weights of a faster-whisper folder; GPU_TESTS for fewer tests.
