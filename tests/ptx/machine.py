@@ -29,7 +29,7 @@ class Machine:
     def run_block(self, dynamic_bytes):
         self.shared = SharedMemory(self.kernel.static_bytes + dynamic_bytes, self.threads)
         kinds = self.kernel.registers
-        self.registers = {r: np.zeros(self.threads, t if t == bool else f"u{t.itemsize}") for r, t in kinds.items()}
+        self.registers = {r: np.zeros(self.threads, t if t.kind == "b" else f"u{t.itemsize}") for r, t in kinds.items()}
         self.copies = [[[]] for _ in range(self.threads)]  # of each thread, in groups; the last one is open
         at = np.zeros(self.threads, np.int64)
         while not (at == DONE).all():
@@ -103,7 +103,7 @@ class Machine:
                 return dtype.type(table[operand])
         if operand.startswith("0f"):
             return np.uint32(int(operand[2:], 16)).view(np.float32)
-        if dtype == bool:
+        if dtype.kind == "b":
             return bool(int(operand, 0))
         unsigned = np.dtype(f"u{dtype.itemsize}")
         return np.array(int(operand, 0) & (1 << 8 * dtype.itemsize) - 1, unsigned).view(dtype)[()]

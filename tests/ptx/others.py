@@ -84,7 +84,8 @@ def check_eviction(policy, rows=2, heads=2, slots=96, dim=20, budget=70, dtype="
     places = dict(cursor=memory.put(cursor), positions=memory.put(positions), scores=memory.put(scores))
     struct = packed(
         "wkv_eviction", rows=rows, tokens=1, heads=heads, slots=slots, head_dim=dim, dtype=DTYPES.index(dtype),
-        weights=memory.put(weights), keys=memory.put(keys), policy=policy, budget=budget, recent=8, decay=0.95, **places,
+        weights=memory.put(weights), keys=memory.put(keys), policy=policy, budget=budget, recent=8, decay=0.95,
+        **places,
     )  # fmt: skip
     Machine(program("self").kernel(f"evictI{MANGLED[dtype]}E"), memory).run(struct, rows, 128)
     wanted = [as_torch(x) for x in (cursor, positions, scores)]
