@@ -84,10 +84,14 @@ def test_keys_that_are_not_aligned():
 
 # Instructions of a warp and wavefronts of shared memory that 64 frames (latent: 16) take in one block, some 5 % above
 # what they are. A change that makes them more must be worth it.
+LARGE = dict(frames=16, group=256, rows=1, tokens=20, dim=1280, latent=True)
 BUDGETS = {
-    "model": (dict(bits=0, frames=64), 830, 260),
-    "int8": (dict(bits=8, frames=64, group=256), 820, 130),
-    "int4": (dict(bits=4, frames=64, group=256), 720, 65),
+    "model": (dict(bits=0, frames=64), 800, 256),
+    "int8": (dict(bits=8, frames=64, group=256), 745, 128),
+    "int4": (dict(bits=4, frames=64, group=256), 670, 64),
+    "latent": (dict(bits=0, **LARGE), 4620, 1340),
+    "latent_int8": (dict(bits=8, **LARGE), 5410, 960),
+    "latent_int4": (dict(bits=4, **LARGE), 4820, 800),
 }
 
 
@@ -95,7 +99,7 @@ BUDGETS = {
 def test_what_a_tile_costs(problem, instructions, wavefronts):
     got, divisions, waves = kernels.cost_of_a_tile(4, 8, **problem)
     assert got <= instructions and waves <= wavefronts, (got, waves)
-    assert divisions == 0
+    assert divisions <= 8, "of a warp, to know whether a group ends"
 
 
 # The watching is watched: what is taken out of a kernel must be missed.

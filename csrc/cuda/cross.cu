@@ -1,8 +1,10 @@
-/* Cross-attention over one cache for each audio. A block takes one head of one audio over a range of frames: the
- * queries of all beams (and in the latent formats of all heads) go over each tile of frames together, sixteen of them
- * for the tensor cores. A second kernel adds the ranges up. What is packed becomes numbers of the model's dtype on its
- * way to shared memory. */
+/* Cross-attention over one cache for each audio: the launches, the kernel that adds up ranges of frames, and the one
+ * that takes what cross_heads.h and cross_latent.h do not: float32, and widths and groups that no Whisper has.
+ * Its block takes one head of one audio over a range of frames: the queries of all beams (and in the latent formats of
+ * all heads) go over each tile of frames together, sixteen of them for the tensor cores. What is packed becomes numbers
+ * of the model's dtype on its way to shared memory. */
 #include "cross_heads.h"
+#include "cross_latent.h"
 #include "queries.h"
 #include "tiles.h"
 
@@ -13,6 +15,7 @@ enum {
   NARROW = 64,          /* channels of a head of Whisper's */
   NARROW_BLOCKS = 528,  /* wanted at least, or the frames are split: a few for each multiprocessor of a large GPU */
   WIDE_BLOCKS = 264,
+  LATENT_BLOCKS = 132, /* at most, unless there is more work without a split */
 };
 
 /* How a block works. */
@@ -32,7 +35,7 @@ template <class T_, int BITS_, int FRAMES_, int TILES_, int WARPS_, int BLOCKS_>
 };
 
 template <class T, int BITS> using narrow = plan<T, BITS, 64, 2, 4, 5>;
-template <class T, int BITS> using wide = plan<T, BITS, 16, 20, 8, 2>; /* a latent one: all channels of the model */
+template <class T, int BITS> using wide = plan<T, BITS, 16, 20, 8, 1>; /* a latent one: all channels of the model */
 
 /* Everything in shared memory. */
 template <class P> struct room {
@@ -394,8 +397,10 @@ template <class P> const char *launch_plan(const struct wkv_cross_attention *con
 
 template <class T, int BITS>
 const char *launch_bits(const struct wkv_cross_attention *const a, const cudaStream_t stream) {
-  if constexpr (sizeof(T) == 2)
+  if constexpr (sizeof(T) == 2) {
     if (heads::can(a)) return heads::launch<T, BITS>(a, stream);
+    if (latent::can(a)) return latent::launch<T, BITS>(a, stream);
+  }
   return is_wide(a) ? launch_plan<wide<T, BITS>>(a, stream) : launch_plan<narrow<T, BITS>>(a, stream);
 }
 
@@ -413,6 +418,11 @@ template <class T> const char *launch(const struct wkv_cross_attention *const a,
 extern "C" void wkv_cuda_cross_plan(struct wkv_cross_attention *const a) {
   const int64_t least_frames = is_wide(a) ? 32 : 64; /* of a range, or adding the ranges up costs more than it brings */
   const int64_t ranges = count_of(a->frames, least_frames), blocks = a->audios * a->heads;
+  if (latent::can(a)) { /* whole rounds of blocks, one to a multiprocessor: sums of more ranges would cost more */
+    const int64_t lots = count_of(count_of(a->rows * a->tokens, larger(a->audios, 1)), latent::QUERIES);
+    a->splits = larger(1, smaller(ranges, LATENT_BLOCKS / larger(blocks * lots, 1)));
+    return;
+  }
   a->splits = smaller(ranges, count_of(is_wide(a) ? WIDE_BLOCKS : NARROW_BLOCKS, blocks));
 }
 

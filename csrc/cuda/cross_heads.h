@@ -143,15 +143,15 @@ INLINE void score(const struct rows<P> &r, const piece *const keys, const int la
     return;
   }
   /* a word of each of two frames, of the quad (4 bits: two quads) of channels that this lane has of the queries */
-  const uint64_t *const words = (const uint64_t *)(keys + place_of<P>(lane % 4 * 4 + lane / 8)) + lane / 4 % 2;
+  const two_words *const words = (const two_words *)(keys + place_of<P>(lane % 4 * 4 + lane / 8)) + lane / 4 % 2;
 #pragma unroll
   for (int column = 0; column < P::COLUMNS; column += 2)
 #pragma unroll
     for (int depth = 0; depth < DEPTHS; depth += P::BITS == 8 ? 1 : 2) {
-      const uint64_t both = words[(column * 2 + depth) * P::BITS * 4];
+      const two_words both = words[(column * 2 + depth) * P::BITS * 4];
 #pragma unroll
       for (int i = 0; i < 2; i++) {
-        const uint32_t word = (uint32_t)(both >> 32 * i);
+        const uint32_t word = both.word[i];
         right_tile<M> key;
         if (P::BITS == 8) {
           key.word[0] = even_codes(word);
@@ -248,7 +248,7 @@ INLINE void work(struct rows<P> &r, const struct wkv_cross_attention &a, const i
           if (first + frame_of<P>(column, lane, s) < length) to[frame_of<P>(column, lane, s)] = x[column][s] * LOG_2;
     }
     top = fmaxf(top, __shfl_xor_sync(ALL_LANES, top, 1));
-    top = fmaxf(top, __shfl_xor_sync(ALL_LANES, top, 2));
+    top = new_top(r.top[half], fmaxf(top, __shfl_xor_sync(ALL_LANES, top, 2)));
 #pragma unroll
     for (int column = 0; column < P::COLUMNS; column++)
 #pragma unroll
@@ -280,7 +280,7 @@ INLINE void work(struct rows<P> &r, const struct wkv_cross_attention &a, const i
 
 /* ---- once for each group of codes, or once ---- */
 
-/* The queries as the tensor cores take them. With codes, in units of their largest number, so that float16 holds them. */
+/* The queries as the tensor cores take them. With codes, in units of their largest number, which float16 holds. */
 template <class P>
 INLINE void load_queries(struct rows<P> &r, const struct wkv_cross_attention &a, const int64_t head, const int queries,
                          const int *const number, const float *const scales, const int lane) {
@@ -358,14 +358,14 @@ INLINE void flush(struct rows<P> &r, float (*const means)[CHANNELS + 4], const f
 
 /* The frames of a warp. */
 template <class P>
-INLINE void go_over(const struct wkv_cross_attention &a, room<P> *const memory, const int64_t matrix, const int64_t head,
-                    const int queries, const int begin, const int end, const int length) {
+INLINE void go_over(const struct wkv_cross_attention &a, room<P> *const memory, const int64_t matrix,
+                    const int64_t head, const int queries, const int begin, const int end, const int length) {
   const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
   const int64_t groups = P::IS_PACKED ? count_of(a.frames, a.group) : 1;
   const float *const key_scales = a.key_scales + matrix * groups * 2 * CHANNELS;
   const float *const value_scales = a.value_scales + matrix * groups * 2 * CHANNELS;
   rows<P> r = {};
-  for (int half = 0; half < P::HALVES; half++) r.top[half] = r.flushed[half] = -FLT_MAX; /* finite: -inf - -inf is NaN */
+  for (int half = 0; half < P::HALVES; half++) r.top[half] = r.flushed[half] = -FLT_MAX; /* finite: inf - inf is NaN */
   for (int tile = 0; tile < CHANNELS / TILE_COLUMNS; tile++)
     for (int s = 0; s < 2 * P::HALVES; s++) memory->means[warp][row_of(lane, s)][channel_of_sum<P>(tile, lane, s)] = 0;
 

@@ -114,11 +114,18 @@ INLINE float power_of_2(const float x) {
 }
 #define LOG_2 0.693147180559945309f
 
+/* What exponentials are counted from, in units of log 2, once a logit of `top` is met. It stays where it is until
+ * weights would be larger than 2^8, which float16 has room for: sums need seldom be counted anew. */
+INLINE float new_top(const float before, const float top) { return top > before + 8 ? top : before; }
+
 /* Sixteen bytes at once. */
 struct __align__(16) piece {
   uint32_t word[4];
 };
 
+struct __align__(8) two_words {
+  uint32_t word[2];
+};
 struct __align__(8) pair {
   float first, second;
 };

@@ -86,6 +86,12 @@ def any_logic(x, y, z, table):
     return result
 
 
+def inserted(bits_of, into, at, count):
+    mask = ((np.uint64(1) << count.astype(np.uint64)) - np.uint64(1)) << at.astype(np.uint64)
+    mask = (mask & np.uint64((1 << 8 * into.dtype.itemsize) - 1)).astype(into.dtype)
+    return (into & ~mask) | (bits_of << at.astype(into.dtype) & mask)
+
+
 BINARY = {
     "add": np.add, "sub": np.subtract, "mul": np.multiply, "div": divided, "rem": lambda x, y: x - divided(x, y) * y,
     "and": np.bitwise_and, "or": np.bitwise_or, "xor": np.bitwise_xor,
@@ -117,6 +123,9 @@ def arithmetic(machine, instruction):
         apply = lambda x, y, condition: np.where(condition, x, y)  # noqa: E731
     elif family == "lop3":
         apply = any_logic
+    elif family == "bfi":
+        kinds[2:] = [np.uint32] * 2
+        apply = inserted
     elif family == "prmt":
         apply = permuted
     elif family == "setp":

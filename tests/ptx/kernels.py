@@ -130,6 +130,17 @@ class Cross:
             shared = up(tiles + 4 * together * (68 + 2) * 4 + together * 4 + 4, 16)
             name = ("heads", "attend", f"{MANGLED[dtype]}Li{bits}ELi{together}E")
             return name, blocks * lots, 128, shared, np.int32(lots).tobytes()
+        if self.latent and dtype != "float32" and 64 < dim <= 1280 and dim % 64 == 0:
+            lots = up(self.queries, 24) // 24
+            room = 8 * 24 * 20 * 4 + 24 * 16 * 2 + 2 * 8 * 24 * 4 + 1280 * 4 + 5 * 24 * 4 + 4
+            shared = up(room, 16) + 2 * dim * (2 * bits or 32)
+            return (
+                ("latent", "attend", f"{MANGLED[dtype]}Li{bits}E"),
+                blocks * lots,
+                256,
+                shared,
+                np.int32(lots).tobytes(),
+            )
         frames, out, warps = (16, 20, 8) if dim > 64 else (64, 2, 4)
         size = 4 if dtype == "float32" else 2
         channels, pad, line = up(dim, 16), 16 // size, frames + 8
