@@ -2,13 +2,11 @@
  * waits for no other: it copies the next tile of keys and values, or of their codes, to shared memory while it works on
  * this one, and holds queries, logits, weights and sums in registers. At the end the warps' sums are added.
  *
- * Codes are never unpacked. A byte placed under the exponent of 1024 is the float16 1024 + code (of high halves of
- * bytes, 1024 + 16 * code), so a word of codes becomes numbers for the tensor cores in an instruction for each two.
- * The step of a channel goes into the query before, and out of the values' sum after; 1024 and `least` are the same for
- * all frames of a group and are added once. So that a lane finds what it holds of a tile in one word, channels and
- * frames stand in an order of their own, the same on both sides of a product. */
+ * Codes go to the tensor cores as codes.h says. The step of a channel goes into the query before, and into the sum of
+ * the values after; what is the same for all frames of a group is added once. */
 #ifndef WHISPERKV_CUDA_CROSS_HEADS_H
 #define WHISPERKV_CUDA_CROSS_HEADS_H
+#include "codes.h"
 #include "queries.h"
 #include "tiles.h"
 
@@ -21,7 +19,6 @@ enum {
   DEPTHS = CHANNELS / TILE_DEPTH,
   STAGES = 2, /* tiles of a warp: one is worked on while another is on its way */
 };
-#define UNDER_1024 0x64006400u
 
 template <class T_, int BITS_, int QUERIES_> struct plan {
   typedef T_ T;
@@ -35,13 +32,6 @@ template <class T_, int BITS_, int QUERIES_> struct plan {
     PIECES = FRAMES * CHANNELS * (IS_PACKED ? BITS : 16) / 128, /* of the keys of a tile, or of its values */
     BLOCKS = QUERIES == 8 ? 4 : 2,  /* that a multiprocessor has registers for */
   };
-};
-
-template <class T, int BITS> struct multiplied {
-  typedef float16 type; /* codes are numbers of this */
-};
-template <class T> struct multiplied<T, 0> {
-  typedef T type;
 };
 
 /* Everything in shared memory. */
@@ -115,12 +105,6 @@ INLINE void copy_tile(const struct wkv_cross_attention &a, const int64_t matrix,
     }
   }
 }
-
-/* Codes of bytes 0 and 2 (1 and 3) of a word. */
-INLINE uint32_t even_codes(const uint32_t word) { return __byte_perm(word, UNDER_1024, 0x7270); }
-INLINE uint32_t odd_codes(const uint32_t word) { return __byte_perm(word, UNDER_1024, 0x7371); }
-INLINE uint32_t low_codes(const uint32_t word) { return masked_or(word, 0x000f000f, UNDER_1024); }
-INLINE uint32_t high_codes(const uint32_t word) { return masked_or(word, 0x00f000f0, UNDER_1024); }
 
 /* Products of the queries with the keys, not yet logits. */
 template <class P>

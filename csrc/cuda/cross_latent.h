@@ -3,11 +3,13 @@
  * meanwhile. Each warp has units of 32 channels: of these it holds the queries and the output in registers. Its
  * part of the logits goes to shared memory, where they are added and become weights.
  *
- * Codes go to the tensor cores as cross_heads.h says. Sums are kept in units of the step of the group of frames that is
+ * Codes go to the tensor cores as codes.h says. Sums are kept in units of the step of the group of frames that is
  * at work, and change their units with the group. */
 #ifndef WHISPERKV_CUDA_CROSS_LATENT_H
 #define WHISPERKV_CUDA_CROSS_LATENT_H
-#include "cross_heads.h"
+#include "codes.h"
+#include "queries.h"
+#include "tiles.h"
 
 namespace latent {
 
@@ -25,7 +27,7 @@ enum {
 
 template <class T_, int BITS_> struct plan {
   typedef T_ T;
-  typedef typename heads::multiplied<T, BITS_>::type M;
+  typedef typename multiplied<T, BITS_>::type M;
   enum { BITS = BITS_, IS_PACKED = BITS != 0, BYTES = IS_PACKED ? 2 * BITS : 2 * FRAMES }; /* of a channel in a tile */
 };
 
@@ -123,10 +125,10 @@ INLINE void score(const struct block &b, const struct held<P> &h, const piece *c
 #pragma unroll
       for (int i = 0; i < 2; i++) {
         const uint32_t word = both.word[i], other = more.word[i]; /* of 4 bits the same */
-        frames[0].word[i] = P::BITS == 8 ? heads::even_codes(word) : heads::low_codes(word);
-        frames[0].word[i + 2] = P::BITS == 8 ? heads::odd_codes(word) : heads::low_codes(word >> 8);
-        frames[1].word[i] = P::BITS == 8 ? heads::even_codes(other) : heads::high_codes(word);
-        frames[1].word[i + 2] = P::BITS == 8 ? heads::odd_codes(other) : heads::high_codes(word >> 8);
+        frames[0].word[i] = P::BITS == 8 ? even_codes(word) : low_codes(word);
+        frames[0].word[i + 2] = P::BITS == 8 ? odd_codes(word) : low_codes(word >> 8);
+        frames[1].word[i] = P::BITS == 8 ? even_codes(other) : high_codes(word);
+        frames[1].word[i + 2] = P::BITS == 8 ? odd_codes(other) : high_codes(word >> 8);
       }
     }
 #pragma unroll
@@ -242,9 +244,8 @@ INLINE void mix(const struct block &b, struct held<P> &h, const piece *const til
 #pragma unroll
         for (int f = 0; f < 2; f++) {
           const uint32_t two = __byte_perm(codes.word[f], codes.word[f + 2], half ? 0x7632 : 0x5410);
-          values[half].word[2 * f] = P::BITS == 8 ? heads::even_codes(two) : masked_or(two, mask, UNDER_1024);
-          values[half].word[2 * f + 1] =
-              P::BITS == 8 ? heads::odd_codes(two) : masked_or(two >> 8, mask, UNDER_1024);
+          values[half].word[2 * f] = P::BITS == 8 ? even_codes(two) : masked_or(two, mask, UNDER_1024);
+          values[half].word[2 * f + 1] = P::BITS == 8 ? odd_codes(two) : masked_or(two >> 8, mask, UNDER_1024);
         }
     }
 #pragma unroll
