@@ -8,7 +8,7 @@ TESTS ?= tests
 SOURCES := $(shell find csrc -name '*.[ch]' -o -name '*.cu') setup.py pyproject.toml $(CONSTRAINTS)
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-floor sanitize sanitize-cuda gpu gpu-ready gpu-tests gpu-ops gpu-steps gpu-generate gpu-memory \
+.PHONY: demo test test-floor sanitize sanitize-cuda ptx gpu gpu-ready gpu-tests gpu-ops gpu-steps gpu-generate gpu-memory \
 	gpu-sanitize bench clean
 
 demo: $(VENV)/.demo
@@ -32,6 +32,10 @@ sanitize: $(VENV)/.test
 sanitize-cuda: $(VENV)/.test
 	PYTHON=$(BIN)/python sh tests/sanitize.sh cuda
 	SHIM_REVERSE=1 PYTHON=$(BIN)/python sh tests/sanitize.sh cuda
+
+# What nvcc makes of the kernels for CUDA, in an interpreter: all cases, not only the short ones of `make test`.
+ptx: $(VENV)/.test
+	WHISPERKV_PTX=all $(BIN)/python -m pytest -q tests/test_ptx.py
 
 # On a machine with a GPU, by its own Python: torch, transformers and pytest are enough, and no package index is asked.
 # The kernels are built in place if they are not there (whisperkv/*.abi3.so). `make gpu` runs all; each part takes less

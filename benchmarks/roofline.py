@@ -1,9 +1,11 @@
 """What a GPU could do at best: computed from bytes and operations, not measured. Prints Markdown.
 
 A time is the bytes that must be read over the bandwidth, or the multiplications and additions over the rate of the
-matrix units, whichever is longer, both from the data sheets. Two assumptions, in columns of their own: for each kernel
-transformers spends HOST in Python and dispatch, and a kernel in a replayed graph takes KERNEL at least. Left out: beams
-that change places, for which transformers copies both its caches at every step.
+matrix units, whichever is longer, both from the data sheets. The first table adds what our kernels of cross-attention
+ask of a multiprocessor for a tile: instructions and accesses to shared memory as tests/ptx counted them in the PTX
+(the machine's own instructions are rather fewer), and products on the matrix units. Two assumptions, in columns of
+their own: for each kernel transformers spends HOST in Python and dispatch, and a kernel in a replayed graph takes
+KERNEL at least. Left out: beams that change places, for which transformers copies both its caches at every step.
 """
 
 import argparse
@@ -18,6 +20,21 @@ CARDS = {  # bytes a second, operations a second in dense bfloat16, bytes of mem
     "A100 80 GB": (2.04e12, 312e12, 80e9),
     "RTX 4090": (1.01e12, 165e12, 24e9),
     "L4": (0.3e12, 121e12, 24e9),
+}
+PROCESSORS = {  # multiprocessors, cycles a second
+    "H200": (132, 1.83e9),
+    "A100 80 GB": (108, 1.41e9),
+    "RTX 4090": (128, 2.52e9),
+    "L4": (58, 2.04e9),
+}
+ISSUED, MULTIPLIED = 4, 2 * 16 * 8 * 16  # instructions of a warp a cycle; operations of one matrix product
+TILES = {  # frames; before and now: instructions, wavefronts of shared memory, matrix products of one head or latent
+    "model": (64, (3121, 762, 64), (760, 256, 64)),
+    "int8": (64, (5246, 1146, 64), (708, 128, 68)),
+    "int4": (64, (4861, 1658, 64), (636, 64, 68)),
+    "latent": (16, (17840, 3904, 640), (4394, 1332, 480)),  # large-v3, one row: 20 queries, before in two lots
+    "latent_int8": (16, (27744, 5824, 640), (5148, 948, 480)),
+    "latent_int4": (16, (25544, 8384, 640), (4590, 788, 480)),
 }
 FRAMES, PADDED, HEAD_DIM, TOKENS, VOCABULARY, NUMBER = 1500, 1504, 64, 64, 51866, 2  # bytes of a number
 HOST, KERNEL, KERNELS = 20e-6, 2e-6, 22  # seconds, seconds, kernels a layer: the assumptions
@@ -40,6 +57,17 @@ def attention(card, way, width, audios, beams):
     rows, is_latent = audios * beams, way.startswith("latent")
     operations = 4 * rows * FRAMES * width * (width // HEAD_DIM if is_latent else 1)
     return max(cache(way, width) * (rows if way == THEIRS else audios) / bandwidth, operations / rate)
+
+
+def bounds(card, way, version, width=1280):
+    """Cycles that a tile takes of a multiprocessor at least: for memory, instructions, shared memory, products."""
+    bandwidth, rate, _ = CARDS[card]
+    count, clock = PROCESSORS[card]
+    frames, *versions = TILES[way]
+    instructions, wavefronts, products = versions[version]
+    size = cache(way, width) * frames / FRAMES / (1 if way.startswith("latent") else width // HEAD_DIM)
+    cycles = clock * count
+    return size / bandwidth * cycles, instructions / ISSUED, wavefronts, products * MULTIPLIED / rate * cycles
 
 
 def step(card, way, shape, audios, beams):
@@ -83,8 +111,24 @@ def table(heading, sides, columns, lines):
         print(f"| {' | '.join(map(str, line))} |")
 
 
+def limits(cards):
+    """What the kernels could reach: the part of the bandwidth, if what takes longest were all that takes time."""
+    for card in cards:
+        for way in FORMATS:
+            before, now = (bounds(card, way, version) for version in range(2))
+            parts = [f"{min(1, each[0] / max(each)):.2f}" for each in (before, now)]
+            yield card, way, *(f"{x:.0f} / {y:.0f}" for x, y in zip(before[1:], now[1:])), f"{now[0]:.0f}", *parts
+
+
 def main(cards):
     print("**Computed, not measured**: bytes and operations over the data sheets' rates; float16, 64 tokens.")
+    table(
+        "Cycles of a multiprocessor for a tile at least (64 frames of a head, or 16 of a latent of large-v3 with its "
+        "20 queries), before / now, and the part of the bandwidth that is left at best.",
+        ("card", "format"),
+        ("to issue instructions", "shared memory", "products", "memory", "before", "now"),
+        limits(cards),
+    )
     cases = [(card, audios, beams) for card in cards for audios, beams in ((32, 1), (32, 5))]
     table(
         "Cross-attention of a layer of large-v3, µs at best; transformers: over keys and values of every beam.",

@@ -1,8 +1,11 @@
-/* Cross-attention over one cache for each audio. A block takes one head of one audio over a range of frames: the
- * queries of all beams (and in the latent formats of all heads) go over each tile of frames together, sixteen of them
- * for the tensor cores. A second kernel adds the ranges up. What is packed becomes numbers of the model's dtype on its
- * way to shared memory. */
-#include "portable.h"
+/* Cross-attention over one cache for each audio: the launches, the kernel that adds up ranges of frames, and the one
+ * that takes what cross_heads.h and cross_latent.h do not: float32, and widths and groups that no Whisper has.
+ * Its block takes one head of one audio over a range of frames: the queries of all beams (and in the latent formats of
+ * all heads) go over each tile of frames together, sixteen of them for the tensor cores. What is packed becomes numbers
+ * of the model's dtype on its way to shared memory. */
+#include "cross_heads.h"
+#include "cross_latent.h"
+#include "queries.h"
 #include "tiles.h"
 
 namespace {
@@ -12,6 +15,7 @@ enum {
   NARROW = 64,          /* channels of a head of Whisper's */
   NARROW_BLOCKS = 528,  /* wanted at least, or the frames are split: a few for each multiprocessor of a large GPU */
   WIDE_BLOCKS = 264,
+  LATENT_BLOCKS = 132, /* at most, unless there is more work without a split */
 };
 
 /* How a block works. */
@@ -26,18 +30,19 @@ template <class T_, int BITS_, int FRAMES_, int TILES_, int WARPS_, int BLOCKS_>
     COLUMNS = FRAMES / TILE_COLUMNS,
     CHANNELS = TILES * WARPS * TILE_COLUMNS,
     PAD = sizeof(piece) / sizeof(T), /* so that rows begin in different banks */
+    LINE = FRAMES + 8,               /* of logits, for the same end */
   };
 };
 
 template <class T, int BITS> using narrow = plan<T, BITS, 64, 2, 4, 5>;
-template <class T, int BITS> using wide = plan<T, BITS, 16, 20, 8, 2>; /* a latent one: all channels of the model */
+template <class T, int BITS> using wide = plan<T, BITS, 16, 20, 8, 1>; /* a latent one: all channels of the model */
 
 /* Everything in shared memory. */
 template <class P> struct room {
   typedef typename P::T T;
   T *query;         /* [QUERIES, channels + PAD] */
   T *tiles[2];      /* of keys and values [FRAMES, channels + PAD]; in the latent formats the same memory */
-  float *logits;    /* [slices, QUERIES, FRAMES]: of a part of the channels each */
+  float *logits;    /* [slices, QUERIES, LINE]: of a part of the channels each */
   T *weights;       /* [QUERIES, FRAMES + PAD] */
   float *top, *total, *shrink; /* [QUERIES]: largest logit, sum of exponentials, what the sums so far weigh now */
   int *number;      /* [QUERIES]: row * tokens + token of each query */
@@ -49,7 +54,7 @@ template <class P> struct room {
     take(memory, &tiles[0], P::FRAMES * row);
     if (apart) take(memory, &tiles[1], P::FRAMES * row);
     else tiles[1] = tiles[0];
-    take(memory, &logits, (size_t)slices * QUERIES * P::FRAMES);
+    take(memory, &logits, (size_t)slices * QUERIES * P::LINE);
     take(memory, &weights, QUERIES * (P::FRAMES + P::PAD));
     take(memory, &top, QUERIES);
     take(memory, &total, QUERIES);
@@ -58,7 +63,7 @@ template <class P> struct room {
   }
 
   template <class N> __host__ __device__ void take(char *const memory, N **const place, const size_t count) {
-    *place = (N *)((uintptr_t)memory + bytes);
+    *place = (N *)(memory + bytes); /* an integer in between would lose that it is shared memory */
     bytes += (count * sizeof(N) + sizeof(piece) - 1) / sizeof(piece) * sizeof(piece);
   }
 };
@@ -137,25 +142,6 @@ __device__ void stage(const struct block &b, const struct wkv_cross_attention &a
   else stage_floats<P>(b, cache, a.frames, first, aligned, to);
 }
 
-/* The numbers of the queries of this audio from the skipped-th on, by the first warp. Returns how many there are. */
-__device__ int find_queries(const struct block &b, const struct wkv_cross_attention &a, const int skipped,
-                            int *const number) {
-  int before = 0; /* rows of this audio so far */
-  for (int64_t first = 0; first < a.rows; first += WARP) {
-    const int64_t row = first + b.lane;
-    const bool is_ours = row < a.rows && a.owner[row] == b.audio;
-    const unsigned ours = __ballot_sync(ALL_LANES, is_ours);
-    const int place = before + __popc(ours & ((1u << b.lane) - 1));
-    before += __popc(ours);
-    for (int token = 0; is_ours && token < a.tokens; token++) {
-      const int64_t query = place * a.tokens + token - skipped;
-      if (query >= 0 && query < QUERIES) number[query] = (int)(row * a.tokens + token);
-    }
-  }
-  const int64_t left = before * a.tokens - skipped;
-  return (int)smaller(left, QUERIES);
-}
-
 template <class P>
 __device__ void load_queries(const struct block &b, const struct wkv_cross_attention &a, const int queries,
                              const room<P> &r) {
@@ -187,8 +173,8 @@ template <class P> __device__ void score(const struct block &b, const room<P> &r
       load_turned(&keys, r.tiles[0] + column * TILE_COLUMNS * stride + k * TILE_DEPTH, stride, b.lane);
       multiply(sums, query, keys);
     }
-    float *const logits = r.logits + slice * QUERIES * P::FRAMES + column * TILE_COLUMNS;
-    for (int s = 0; s < 4; s++) logits[row_of(b.lane, s) * P::FRAMES + column_of(b.lane, s)] = sums[s];
+    float *const logits = r.logits + slice * QUERIES * P::LINE + column * TILE_COLUMNS + column_of(b.lane, 0);
+    for (int s = 0; s < 4; s += 2) *(pair *)(logits + row_of(b.lane, s) * P::LINE) = {sums[s], sums[s + 1]};
   }
 }
 
@@ -204,7 +190,7 @@ __device__ void soften(const struct block &b, const struct wkv_cross_attention &
       logit[i] = -INFINITY;
       if (frame >= P::FRAMES || first + frame >= b.length) continue;
       float sum = 0;
-      for (int slice = 0; slice < b.slices; slice++) sum += r.logits[(slice * QUERIES + query) * P::FRAMES + frame];
+      for (int slice = 0; slice < b.slices; slice++) sum += r.logits[(slice * QUERIES + query) * P::LINE + frame];
       logit[i] = sum * a.scale;
       top = fmaxf(top, logit[i]);
       if (a.weights) {
@@ -315,15 +301,6 @@ __device__ void attend_some(const struct block &b, const struct wkv_cross_attent
   store<P>(b, a, queries, r, sums);
 }
 
-/* Rows of no audio get zeros: owners cannot be checked without waiting for them. */
-template <class P> __device__ void clear_strays(const struct block &b, const struct wkv_cross_attention &a) {
-  for (int64_t i = b.thread; i < a.rows * a.tokens; i += b.threads) {
-    const int64_t owner = a.owner[i / a.tokens];
-    for (int d = 0; d < b.dim && (owner < 0 || owner >= a.audios); d++)
-      convert(0, (typename P::T *)a.output + (i * a.heads + b.head) * b.dim + d);
-  }
-}
-
 /* Grid: audios, heads and splits, and for each of these `lots` blocks, which share out its queries. */
 template <class P>
 __global__ void __launch_bounds__(P::WARPS *WARP, P::BLOCKS)
@@ -349,12 +326,12 @@ attend(const struct wkv_cross_attention a, const int lots, const int slices, con
   b.lane = b.thread % WARP;
   b.warp = b.thread / WARP;
   b.warps = b.threads / WARP;
-  if (b.audio == 0 && lot == 0 && !a.sums) clear_strays<P>(b, a);
+  if (b.audio == 0 && lot == 0 && !a.sums) clear_strays<typename P::T>(a, b.head, b.thread, b.threads);
   const bool apart = a.keys != a.values;
   const room<P> r(memory, b.channels, apart, slices);
   for (int skipped = lot * QUERIES;; skipped += lots * QUERIES) {
     if (b.warp == 0) {
-      const int queries = find_queries(b, a, skipped, r.number);
+      const int queries = find_queries(a, b.audio, b.lane, skipped, QUERIES, r.number);
       if (b.lane == 0) found = queries;
     }
     __syncthreads();
@@ -420,6 +397,10 @@ template <class P> const char *launch_plan(const struct wkv_cross_attention *con
 
 template <class T, int BITS>
 const char *launch_bits(const struct wkv_cross_attention *const a, const cudaStream_t stream) {
+  if constexpr (sizeof(T) == 2) {
+    if (heads::can(a)) return heads::launch<T, BITS>(a, stream);
+    if (latent::can(a)) return latent::launch<T, BITS>(a, stream);
+  }
   return is_wide(a) ? launch_plan<wide<T, BITS>>(a, stream) : launch_plan<narrow<T, BITS>>(a, stream);
 }
 
@@ -437,6 +418,11 @@ template <class T> const char *launch(const struct wkv_cross_attention *const a,
 extern "C" void wkv_cuda_cross_plan(struct wkv_cross_attention *const a) {
   const int64_t least_frames = is_wide(a) ? 32 : 64; /* of a range, or adding the ranges up costs more than it brings */
   const int64_t ranges = count_of(a->frames, least_frames), blocks = a->audios * a->heads;
+  if (latent::can(a)) { /* whole rounds of blocks, one to a multiprocessor: sums of more ranges would cost more */
+    const int64_t lots = count_of(count_of(a->rows * a->tokens, larger(a->audios, 1)), latent::QUERIES);
+    a->splits = larger(1, smaller(ranges, LATENT_BLOCKS / larger(blocks * lots, 1)));
+    return;
+  }
   a->splits = smaller(ranges, count_of(is_wide(a) ? WIDE_BLOCKS : NARROW_BLOCKS, blocks));
 }
 

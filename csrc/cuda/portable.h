@@ -72,9 +72,62 @@ INLINE void convert(const float x, float16 *const to) { to->bits = __half_as_ush
 INLINE float to_float(const float x) { return x; }
 INLINE void convert(const float x, float *const to) { *to = x; }
 
+template <class A, class B> constexpr bool is_same = false;
+template <class A> constexpr bool is_same<A, A> = true;
+
+/* Two numbers of 16 bits in a word, the first in its low half. */
+template <class T> INLINE uint32_t two_numbers(const float first, const float second) {
+#ifdef CUDASHIM
+  T two[2];
+  convert(first, two);
+  convert(second, two + 1);
+  return two[0].bits | (uint32_t)two[1].bits << 16;
+#else
+  uint32_t two;
+  if (is_same<T, float16>) asm("cvt.rn.f16x2.f32 %0, %2, %1;" : "=r"(two) : "f"(first), "f"(second));
+  else asm("cvt.rn.bf16x2.f32 %0, %2, %1;" : "=r"(two) : "f"(first), "f"(second));
+  return two;
+#endif
+}
+template <class T> INLINE float first_of(const uint32_t two) { return to_float(T{(uint16_t)two}); }
+template <class T> INLINE float second_of(const uint32_t two) { return to_float(T{(uint16_t)(two >> 16)}); }
+
+/* word & mask | bits, in one instruction. */
+INLINE uint32_t masked_or(const uint32_t word, const uint32_t mask, const uint32_t bits) {
+#ifdef CUDASHIM
+  return (word & mask) | bits;
+#else
+  uint32_t result;
+  asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(result) : "r"(word), "r"(mask), "r"(bits));
+  return result;
+#endif
+}
+
+INLINE float power_of_2(const float x) {
+#ifdef CUDASHIM
+  return exp2f(x);
+#else
+  float power;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(x));
+  return power;
+#endif
+}
+#define LOG_2 0.693147180559945309f
+
+/* What exponentials are counted from, in units of log 2, once a logit of `top` is met. It stays where it is until
+ * weights would be larger than 2^8, which float16 has room for: sums need seldom be counted anew. */
+INLINE float new_top(const float before, const float top) { return top > before + 8 ? top : before; }
+
 /* Sixteen bytes at once. */
 struct __align__(16) piece {
   uint32_t word[4];
+};
+
+struct __align__(8) two_words {
+  uint32_t word[2];
+};
+struct __align__(8) pair {
+  float first, second;
 };
 
 /* Into shared memory, without waiting: copies become visible to a thread that has called copies_but(n) with no more
@@ -85,6 +138,17 @@ INLINE void copy_piece(void *const to, const void *const from) {
 #else
   const uint32_t address = (uint32_t)__cvta_generic_to_shared(to);
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(address), "l"(from) : "memory");
+#endif
+}
+/* Zeros where there is nothing to copy. */
+INLINE void copy_piece_or_zeros(void *const to, const void *const from, const bool exists) {
+#ifdef CUDASHIM
+  static const piece zeros = {};
+  cudashim::copy(to, exists ? from : &zeros, sizeof(piece));
+#else
+  const uint32_t address = (uint32_t)__cvta_generic_to_shared(to);
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(address), "l"(from), "r"(exists ? 16 : 0)
+               : "memory");
 #endif
 }
 INLINE void end_of_copies(void) { /* a group ends here */

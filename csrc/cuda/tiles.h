@@ -56,6 +56,50 @@ template <class T> INLINE void load(right_tile<T> *const to, const T *const from
 #endif
 }
 
+/* Four squares of 8 x 8 at once, a word of each: lane i names row i % 8 of square i / 8. A lane gets numbers
+ * lane % 4 * 2 and the next of row lane / 4; turned, of that column. */
+#ifdef CUDASHIM
+struct four_words {
+  uint32_t word[4];
+};
+INLINE struct four_words words_of_squares(const void *const row, const bool is_turned) {
+  const uint16_t *rows[WARP];
+  const int lane = threadIdx.x % WARP, x = lane / 4, y = lane % 4 * 2;
+  struct four_words words;
+  cudashim::meet(~0u, (uint64_t)(uintptr_t)row, [&](const uint64_t *const all) { memcpy(rows, all, sizeof rows); });
+  for (int i = 0; i < 4; i++) {
+    const uint16_t *const *const square = rows + 8 * i;
+    words.word[i] = is_turned ? square[y][x] | (uint32_t)square[y + 1][x] << 16 : two_at(square[x] + y);
+  }
+  return words;
+}
+#define FOUR_SQUARES(a, b, c, d, row, turning) \
+  const struct four_words words = words_of_squares(row, sizeof(turning) > 1); \
+  a = words.word[0], b = words.word[1], c = words.word[2], d = words.word[3]
+#else
+#define FOUR_SQUARES(a, b, c, d, row, turning) \
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4" turning ".shared.b16 {%0, %1, %2, %3}, [%4];" \
+               : "=r"(a), "=r"(b), "=r"(c), "=r"(d) \
+               : "r"((uint32_t)__cvta_generic_to_shared(row)) \
+               : "memory")
+#endif
+
+/* A left tile: its upper and lower half, then the same of the depths from 8 on. */
+template <class T> INLINE void load_squares(left_tile<T> &to, const void *const row) {
+  FOUR_SQUARES(to.word[0], to.word[1], to.word[2], to.word[3], row, "");
+}
+template <class T> INLINE void load_squares_turned(left_tile<T> &to, const void *const row) {
+  FOUR_SQUARES(to.word[0], to.word[1], to.word[2], to.word[3], row, ".trans");
+}
+
+/* Two right tiles; turned here are rows that are columns, as above. */
+template <class T> INLINE void load_two_turned(right_tile<T> *const to, const void *const row) {
+  FOUR_SQUARES(to[0].word[0], to[0].word[1], to[1].word[0], to[1].word[1], row, "");
+}
+template <class T> INLINE void load_two(right_tile<T> *const to, const void *const row) {
+  FOUR_SQUARES(to[0].word[0], to[0].word[1], to[1].word[0], to[1].word[1], row, ".trans");
+}
+
 #ifdef CUDASHIM
 template <class T> INLINE void multiply(float *const sums, const left_tile<T> &a, const right_tile<T> &b) {
   uint64_t left[2][WARP], right[WARP]; /* of all lanes: the words of depths up to 7 and from 8 on */

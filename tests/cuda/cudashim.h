@@ -157,3 +157,4 @@ inline unsigned __ballot_sync(unsigned m, int p) { unsigned r = 0; cudashim::mee
 inline int __any_sync(unsigned m, int p) { return __ballot_sync(m, p) != 0; }
 inline int __all_sync(unsigned m, int p) { return __ballot_sync(m, p) == m; }
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
+inline unsigned __byte_perm(unsigned a, unsigned b, unsigned s) { uint64_t x = a | (uint64_t)b << 32; unsigned r = 0; for (int i = 0; i < 4; i++) r |= (unsigned)(x >> 8 * (s >> 4 * i & 7) & 255) << 8 * i; return r; }
