@@ -120,7 +120,7 @@ struct wkv_cross_attention {
   int64_t parts, splits;        /* an item is one part and head over one of `splits` ranges of frames */
   struct wkv_together *part;    /* [rows * tokens] at most; of the CPU */
   float *sums;                  /* [splits, rows * tokens, heads, channels]; NULL in CUDA if nothing is split */
-  float *totals;                /* [splits, rows * tokens, heads, 2]: the logit that exponentials are counted from, and their sum */
+  float *totals;                /* [splits, rows * tokens, heads, 2]: where exponentials are counted from, their sum */
 };
 
 /* ---- on the CPU ---- */

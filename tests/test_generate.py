@@ -10,8 +10,9 @@ from conftest import DEVICE
 from transformers import pipeline
 from transformers.modeling_outputs import BaseModelOutput
 
-from whisperkv import CrossConfig, EvictionConfig, patch, stats, unpatch
+from whisperkv import CrossConfig, EvictionConfig, adoption, patch, stats, unpatch
 from whisperkv.attention import self_cache_layer
+from whisperkv.views import View
 
 EVICTION = EvictionConfig(recent=32, heavy=16)
 
@@ -209,6 +210,46 @@ def test_long_form(tiny_en, long_audio, condition):
     )  # fmt: skip
     assert stats(model).decodes >= 2
     unpatch(model)
+
+
+def test_long_form_with_prompts_of_different_length(tiny_en, long_audio, monkeypatch):
+    """Each row has its own transcript so far behind the same prompt: left padding that we follow."""
+    model, processor = tiny_en
+    prompt = processor.get_prompt_ids("A talk about lighthouses and harbours.", return_tensors="pt").to(DEVICE)
+    paddings, original = [], adoption._left_padding
+
+    def noted(*args):
+        paddings.append(original(*args))
+        return paddings[-1]
+
+    monkeypatch.setattr(adoption, "_left_padding", noted)
+    assert_same(
+        model, long_audio.input_features, attention_mask=long_audio.attention_mask, return_timestamps=True,
+        return_segments=True, condition_on_prev_tokens=True, prompt_ids=prompt, max_new_tokens=24,
+        temperature=(0.0, 0.4), logprob_threshold=-0.3, compression_ratio_threshold=1.6,
+    )  # fmt: skip
+    assert {note for _, note in paddings} == {""} and any(padding is not None for padding, _ in paddings)
+
+
+@pytest.mark.parametrize("options", [{}, dict(return_token_timestamps=True, return_timestamps=True)], ids=["", "times"])
+def test_a_returned_cache_stays_small(tiny_en, batch, monkeypatch, options):
+    """generate() takes it apart and copies it; nobody turns it back into floats unless they look."""
+    model, _ = tiny_en
+    looked, floats = [], View.floats
+    monkeypatch.setattr(View, "floats", lambda view: looked.append(view) or floats(view))
+    patch(model, cross=CrossConfig("latent"))
+    output = model.generate(batch[:2], return_dict_in_generate=True, max_new_tokens=8, **options)
+    assert not looked
+    layer = output["past_key_values"].cross_attention_cache.layers[1]
+    assert layer.keys.shape == (2, 6, 1500, 64) and isinstance(layer.values, View)
+    ours = layer.keys.clone()
+    assert len(looked) == 1
+    unpatch(model)
+    output = model.generate(batch[:2], return_dict_in_generate=True, max_new_tokens=8, **options)
+    model.set_attn_implementation("sdpa")
+    torch.testing.assert_close(
+        ours, output["past_key_values"].cross_attention_cache.layers[1].keys, atol=1e-4, rtol=1e-3
+    )
 
 
 def test_long_form_of_a_latent_cache(tiny_en, long_audio):

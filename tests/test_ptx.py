@@ -153,9 +153,6 @@ def test_compact_attention(dim, dtype):
     others.check_self_attention(dtype, dim)
 
 
-@pytest.mark.skipif(
-    not structs.COMPILER or "sources" not in structs.fields("wkv_attention")[1], reason="there is no table of sources"
-)
 def test_compact_attention_by_table():
     others.check_self_attention("float16", 64, by_table=True)
 

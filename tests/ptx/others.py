@@ -7,7 +7,7 @@ from kernels import DTYPES, MANGLED, TOLERANCE, floats, program, rounded
 from machine import Machine
 from memory import GlobalMemory
 from program import up
-from structs import fields, packed
+from structs import packed
 
 
 def as_torch(x):
@@ -45,7 +45,6 @@ def check_self_attention(dtype, dim, by_table=False, rows=2, tokens=1, heads=2, 
     memory, table = GlobalMemory(), {}
     places = dict(keys=memory.put(keys), values=memory.put(values), output=memory.put(np.zeros_like(query)),
                   weights=memory.put(np.full((rows, heads, tokens, slots), np.nan, np.float32)))  # fmt: skip
-    has_table = "sources" in fields("wkv_attention")[1]
     if by_table:
         table["sources"] = memory.put(sources)
     struct = packed(
@@ -53,15 +52,13 @@ def check_self_attention(dtype, dim, by_table=False, rows=2, tokens=1, heads=2, 
         query=memory.put(query), key=memory.put(key), value=memory.put(value), cursor=memory.put(cursor),
         scale=dim**-0.5, **places, **table,
     )  # fmt: skip
-    kernel = program("self").kernel(f"attendI{MANGLED[dtype]}" + (f"Lb{int(by_table)}E" if has_table else "E"))
+    kernel = program("self").kernel(f"attendI{MANGLED[dtype]}Lb{int(by_table)}E")
     shared = 4 * (slots + dim + 16 * 64) + (4 * slots if by_table else 0)
     aligned = dim * query.itemsize % 16 == 0
     Machine(kernel, memory).run(struct + bytes([aligned]), rows * heads, 128, shared)
 
-    keys, values = (np.stack([x[sources[row], :, np.arange(slots)].swapaxes(0, 1) for row in range(rows)])
-                    for x in (keys, values))  # fmt: skip
-    given = [as_torch(floats(x)) for x in (query, key, value, keys, values)]
-    wanted, weights = reference.compact_attention(*given, as_torch(cursor), dim**-0.5, True)
+    given = [*(as_torch(floats(x)) for x in (query, key, value, keys, values)), as_torch(cursor)]
+    wanted, weights = reference.compact_attention(*given, as_torch(sources), dim**-0.5, True)
     output = floats(memory.get(places["output"], query.shape, query.dtype))
     assert np.abs(output - wanted.numpy()).max() < TOLERANCE[dtype]
     got = memory.get(places["weights"], weights.shape, np.float32)
