@@ -28,7 +28,8 @@ from transformers.models.whisper.modeling_whisper import WhisperAttention
 import whisperkv
 from whisperkv import EvictionConfig
 from whisperkv.attention import SelfAttention
-from whisperkv.cache import SelfCacheLayer, SpareBuffer
+from whisperkv.cache import SelfCacheLayer
+from whisperkv.slots import Shared, slots_for
 
 HUGE = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
 LENGTHS, BATCHES, RUN = (32, 128, 440), (1, 8), 16  # tokens, rows; steps in a row that end 8 after the length
@@ -168,8 +169,8 @@ def filled(rows, tokens, shape, dtype=torch.float32):
     """Two caches with the same tokens in them: theirs and ours."""
     width, layers, heads = models.SHAPES[shape]
     theirs, ours = (EncoderDecoderCache(DynamicCache(), DynamicCache()) for _ in range(2))
-    spare = SpareBuffer()
-    ours.self_attention_cache.layers = [SelfCacheLayer(spare=spare) for _ in range(layers)]
+    shared = Shared()
+    ours.self_attention_cache.layers = [SelfCacheLayer(shared=shared) for _ in range(layers)]
     for index in range(layers):
         keys, values = torch.randn(2, rows, heads, tokens, width // heads, dtype=dtype)
         theirs.self_attention_cache.update(keys, values, index)
@@ -225,19 +226,20 @@ def memory(args, names):
                     decode()
                 held.append(bytes_of(decode.cache.self_attention_cache.layers))
             config, stats = model.config, whisperkv.stats(model)
-            slots = -(-tokens // 64) * 64 if eviction is None else eviction.budget
+            slots = slots_for(tokens, config.max_target_positions if eviction is None else eviction.budget)
+            table = 4 * slots * rows if beams and eviction is None else 0
             row = 2 * slots * config.d_model * 4 + 16 + (0 if eviction is None else 8 * slots)
             (theirs, _), (ours, spare) = held
             yield {"model": name, "case": case, "rows": rows, "tokens": tokens, "held": ours, "stats": stats.self_bytes,
-                   "formula": config.decoder_layers * rows * row, "spare": spare, "theirs": theirs,
+                   "formula": config.decoder_layers * rows * row + table + spare, "spare": spare, "theirs": theirs,
                    "ratio": theirs / ours}  # fmt: skip
 
 
 def bytes_of(layers):
-    """Of all tensors that the layers hold, and of the spare buffer that they share."""
-    spare = [layer.spare._spare for layer in layers if isinstance(layer, SelfCacheLayer)][:1]
+    """Of all tensors that the layers hold with the spare buffer that they share, and of that buffer."""
+    spare = sum(layer.shared.spare.nbytes for layer in layers[:1] if isinstance(layer, SelfCacheLayer))
     tensors = [each for layer in layers for each in vars(layer).values() if isinstance(each, torch.Tensor)]
-    return sum(each.nbytes for each in tensors), sum(each.nbytes for each in spare if each is not None)
+    return sum({each.data_ptr(): each.nbytes for each in tensors}.values()) + spare, spare
 
 
 # ---- one process for each allocator ----

@@ -8,8 +8,9 @@ import torch
 from transformers.cache_utils import DynamicLayer
 
 from whisperkv import EvictionConfig
-from whisperkv.cache import LIVE, SelfCacheLayer, Shared, slots_for
+from whisperkv.cache import SelfCacheLayer
 from whisperkv.compat import _CROP_TAKES_LENGTH
+from whisperkv.slots import LIVE, Shared, slots_for
 
 HEADS, DIM = 2, 8
 

@@ -4,11 +4,12 @@ import torch
 from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache
 
 from .attention import self_cache_layer
-from .cache import SelfCacheLayer, Shared
+from .cache import SelfCacheLayer
 from .compat import who_traces
 from .cross_cache import Audios, CrossCacheLayer, first_rows, owners_of
 from .eligible import check_device, check_projections, device_of, needs_grad, why_not
 from .records import DecodeRecord, Stats
+from .slots import Shared
 from .views import Onlookers, layers_behind, plain_layer
 
 _ARGUMENTS = ("input_ids", "attention_mask", "encoder_hidden_states", "past_key_values", "inputs_embeds")  # in order

@@ -4,80 +4,24 @@ Positions are added to Whisper's embeddings before the cache, so the slots may s
 concatenated or gathered from step to step; only beams, batches that change and rollbacks move tokens about.
 """
 
-from dataclasses import dataclass, field
 from operator import is_
 
 import torch
 from transformers.cache_utils import CacheLayerMixin
 
 from . import ops
-from .beams import Tables, gathered
+from .beams import gathered
 from .compat import tokens_to_remove
+from .evicting import FAR, Evicting
 from .graph_memory import apart
-from .views import Onlookers, View
+from .slots import LIVE, PINNED, SEEN, SLOT, Shared, advance, picked, slots_for
+from .views import View
 
-LIVE, SLOT, SEEN, PINNED = range(4)  # rows of the cursor, as in whisperkv.h
-_POLICY = {name: number for number, (name, *_) in enumerate(ops.POLICIES)}
 _READS_ATTENTION = {name for name, reads_attention, _ in ops.POLICIES if reads_attention}
-_FAR = torch.iinfo(torch.int32).max
 _BUFFERS = ("key_slots", "value_slots", "cursor", "positions", "scores")
 
 
-def slots_for(tokens, most, is_captured=False):
-    """Slots to allocate for so many tokens, of which a row holds `most`: few at first. A captured step has one graph
-    for each number of slots, and so fewer numbers."""
-    step = 64 if is_captured or tokens > 128 else 16
-    return max(min(-(-tokens // step) * step, most), tokens)
-
-
-def _gathered(slots, order):
-    """Slots [rows, heads, slots, head_dim] in the order [rows, kept]."""
-    return slots.gather(2, order[:, None, :, None].expand(-1, slots.shape[1], -1, slots.shape[3]))
-
-
-def advance(cursor, tokens, is_padded):
-    """Without eviction every token takes the next slot. Cursors [..., 4, rows] of any number of layers."""
-    if not is_padded:
-        cursor[..., :PINNED, :].add_(tokens)  # live, slot and seen are the same number
-        return
-    seen = cursor[..., SEEN, :].add_(tokens)
-    cursor[..., LIVE, :] = cursor[..., SLOT, :] = seen.clamp(min=0)
-
-
-class SpareBuffer:
-    """The buffer that the last reordering read from, which the next one writes to: one serves all layers."""
-
-    def __init__(self):
-        self._spare = None
-
-    def reordered(self, slots, rows):
-        """slots[rows], in the spare buffer; the old one becomes the spare."""
-        spare, self._spare = self._spare, slots
-        shape = (len(rows), *slots.shape[1:])
-        if spare is None or spare.shape != shape or spare.dtype != slots.dtype or spare.device != slots.device:
-            spare = slots.new_empty(shape)
-        return torch.index_select(slots, 0, rows, out=spare)
-
-    def __reduce__(self):
-        return SpareBuffer, ()
-
-    @property
-    def nbytes(self):
-        return 0 if self._spare is None else self._spare.nbytes
-
-
-@dataclass
-class Shared:
-    """What the layers of a cache have together."""
-
-    record: object = None  # for stats()
-    is_captured: bool = False  # whether graphs are to be captured over it
-    tables: Tables = field(default_factory=Tables)
-    spare: SpareBuffer = field(default_factory=SpareBuffer)
-    views: Onlookers = field(default_factory=Onlookers)
-
-
-class SelfCacheLayer(CacheLayerMixin):
+class SelfCacheLayer(Evicting, CacheLayerMixin):
     """One decoder layer's keys and values.
 
     key_slots, value_slots  [rows, heads, slots, head_dim]
@@ -178,11 +122,6 @@ class SelfCacheLayer(CacheLayerMixin):
         return tuple(slots[:, :, : self.live].to(key_states.dtype) for slots in (self.key_slots, self.value_slots))
 
     @property
-    def is_ranked(self):
-        """Whether a function of the user's says which slot is overwritten next."""
-        return self.eviction is not None and callable(self.eviction.policy)
-
-    @property
     def is_exact(self):
         """Whether the slots are just the tokens in order, as transformers would hold them."""
         return self.eviction is None and self.padding is None
@@ -263,7 +202,7 @@ class SelfCacheLayer(CacheLayerMixin):
             return
         stays = self._alive() & (self.positions < self.cursor[SEEN, :, None])
         self.cursor[PINNED] = torch.minimum(self.cursor[PINNED], self.cursor[SEEN])
-        self._keep(self.positions.masked_fill(~stays, _FAR).argsort(dim=-1, stable=True), stays.sum(-1))
+        self._keep(self.positions.masked_fill(~stays, FAR).argsort(dim=-1, stable=True), stays.sum(-1))
         self.live = int(self.cursor[LIVE].max())
         self._choose()
 
@@ -410,11 +349,6 @@ class SelfCacheLayer(CacheLayerMixin):
         """Slots that are in use after a pass over so many tokens, at most."""
         return self.slots if self.eviction is None or tokens > 1 else min(self.budget, self.slots)
 
-    @property
-    def _worth(self):
-        """[rows, slots]: the lowest is the first to go."""
-        return self._ranking() if self.is_ranked else self.scores
-
     def _padding(self):
         """int32 [rows]: columns of left padding that came before each row's first token."""
         if self.padding is None:
@@ -459,63 +393,6 @@ class SelfCacheLayer(CacheLayerMixin):
         if self.home is None or not self.home.captures:
             advance(self.cursor, tokens, self.padding is not None)
 
-    def _evict(self, weights, tokens):
-        eviction = self.eviction
-        if weights.dim() < 4:  # neither wanted nor read: of the right shape is enough
-            weights = weights.new_zeros(()).expand(*self.key_slots.shape[:2], tokens, self.slots)
-        ops.score_evict(
-            weights, self.key_slots, self.cursor, self.positions, self.scores,
-            _POLICY[self.policy], self._most(tokens), eviction.recent, eviction.decay,
-        )  # fmt: skip
-
-    def _ranking(self):
-        """What the user's function says each slot is worth: float [rows, slots]."""
-        policy = self.eviction.policy
-        ranking = policy(self.scores, self.positions, self.key_slots, self.value_slots)
-        if not isinstance(ranking, torch.Tensor) or ranking.shape != self.scores.shape:
-            given = tuple(ranking.shape) if isinstance(ranking, torch.Tensor) else type(ranking).__name__
-            raise ValueError(
-                f"EvictionConfig.policy: {getattr(policy, '__name__', policy)} must return a tensor of shape "
-                f"{tuple(self.scores.shape)} (rows, slots); got {given}"
-            )
-        return ranking.float()
-
-    def _protection(self):
-        """[rows, slots]: 3 pinned, 2 among the newest, 1 free to go, 0 dead."""
-        newest = self.positions > self.cursor[SEEN, :, None] - self.eviction.recent
-        pinned = self.positions < self.cursor[PINNED, :, None]
-        return (1 + newest.int()).masked_fill(pinned, 3).masked_fill(~self._alive(), 0)
-
-    def _settle(self):
-        """Back to the budget after a pass over several tokens."""
-        protection = self._protection()
-        worth = self._worth.where(protection == 1, self.positions.float())
-        order = worth.argsort(dim=-1, descending=True, stable=True)
-        order = order.gather(1, protection.gather(1, order).argsort(dim=-1, descending=True, stable=True))
-        kept = order[:, : self.budget]
-        alive = protection.gather(1, kept) > 0
-        in_order = self.positions.gather(1, kept).masked_fill(~alive, _FAR).argsort(dim=-1, stable=True)
-        self._keep(kept.gather(1, in_order), alive.sum(-1))
-        self.live = min(self.live, self.budget)
-        self._resize(self._slots_for(self.live))
-        self._choose()
-
-    def _keep(self, order, live):
-        """Slots become those listed in order [rows, kept], of which the first `live` [rows] are in use."""
-        self.key_slots, self.value_slots = _gathered(self.key_slots, order), _gathered(self.value_slots, order)
-        self.positions, self.scores = self.positions.gather(1, order), self.scores.gather(1, order)
-        self.cursor[LIVE] = live
-
-    def _choose(self):
-        """Point each full row at the slot that is worth least, as score_evict does for the policies in C."""
-        protection = self._protection()
-        unpinned, free = (protection == 1) | (protection == 2), protection == 1
-        worth = torch.nan_to_num(self._worth, nan=torch.inf, posinf=torch.inf, neginf=-torch.inf)
-        lowest = worth.masked_fill(~free, torch.inf).amin(-1, keepdim=True)
-        candidates = (free & (worth == lowest)).where(free.any(-1, keepdim=True), unpinned)
-        oldest = self.positions.masked_fill(~candidates, _FAR).argmin(-1).int()
-        self.cursor[SLOT] = oldest.where(self.cursor[LIVE] >= self.budget, self.cursor[LIVE])
-
     def _select_state(self, rows):
         self.cursor = self.cursor[:, rows].contiguous()
         self._select_padding(rows)
@@ -537,7 +414,7 @@ class SelfCacheLayer(CacheLayerMixin):
         order = self._positions()[rows].masked_fill(~alive, -1).argsort(dim=-1, stable=True)  # dead slots first
         order = torch.nn.functional.pad(order, (max(width - order.shape[1], 0), 0))[:, -width:]
         used = torch.arange(width, device=self.device) >= width - self.cursor[LIVE, rows, None]
-        return _gathered(slots[rows], order).masked_fill(~used[:, None, :, None], 0)
+        return picked(slots[rows], order).masked_fill(~used[:, None, :, None], 0)
 
     def _update_padded(self, key_states, value_states):
         for row, (_, slot, seen, _) in enumerate(self.cursor.T.tolist()):

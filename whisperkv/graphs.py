@@ -17,10 +17,11 @@ import torch
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 from transformers.models.whisper.modeling_whisper import WhisperDecoder
 
-from .cache import SelfCacheLayer, advance
+from .cache import SelfCacheLayer
 from .compat import record_outputs_as
 from .cross_cache import CrossCacheLayer, CrossHome, CrossLayout
 from .graph_memory import Pool, SelfHome, SelfLayout
+from .slots import advance
 from .snapshot import Snapshot, hooks_so_far
 
 MOST = 64  # graphs kept, the last ones used
