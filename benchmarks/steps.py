@@ -226,7 +226,8 @@ def memory(args, names):
                     decode()
                 held.append(bytes_of(decode.cache.self_attention_cache.layers))
             config, stats = model.config, whisperkv.stats(model)
-            slots = slots_for(tokens, config.max_target_positions if eviction is None else eviction.budget)
+            most = config.max_target_positions if eviction is None else eviction.budget
+            slots = slots_for(min(tokens, most), most)
             table = 4 * slots * rows if beams and eviction is None else 0
             row = 2 * slots * config.d_model * 4 + 16 + (0 if eviction is None else 8 * slots)
             (theirs, _), (ours, spare) = held
