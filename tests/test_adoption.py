@@ -1,7 +1,7 @@
 """Which decodes are ours, which are left to transformers, and how a cache changes hands between the two."""
 
 import copy
-from types import MethodType
+from types import MethodType, SimpleNamespace
 
 import pytest
 import torch
@@ -173,6 +173,14 @@ def test_offloaded_weights_of_a_latent_cache(small, audio, tmp_path):
     dispatched(small, "offloaded", tmp_path)
     assert torch.equal(generate(small, audio), want) and not is_ours(small)
     assert "offloaded the weights" in stats(small).note and "'model' works" in stats(small).note
+
+
+def test_a_decoder_over_several_devices(small, audio):
+    want = generate(small, audio)
+    for layer, device in zip(small.model.decoder.layers, ("cpu", 0)):
+        layer._hf_hook = SimpleNamespace(execution_device=device)  # what accelerate's hook would say
+    assert torch.equal(generate(patch(small), audio), want) and not is_ours(small)
+    assert "several devices" in stats(small).note
 
 
 @pytest.mark.parametrize("name", ["self_attn", "encoder_attn"])

@@ -44,7 +44,7 @@ def who_traces(cache):
     is_static = cache is not None and cache.is_compileable and type(cache).__name__ == "StaticCache"
     frame = sys._getframe(1)
     while frame is not None:
-        if frame.f_globals.get("__name__", "").startswith("transformers.exporters"):
+        if (frame.f_globals.get("__name__") or "").startswith("transformers.exporters"):
             return "transformers' exporters decode it to see its cache (unpatch() before an export)"
         if is_static and frame.f_code.co_name in ("_sample", "_prefill"):
             forward = frame.f_locals.get("model_forward")

@@ -22,7 +22,7 @@ def why_not(decoder, given, cross):
         reason = f"the model is in {_name(dtype)} (whisperkv takes {_name(*DTYPES)})"
     elif hidden:
         reason = f"{hidden} has a forward of its own, which hides whisperkv's (patch() after it was set, or remove it)"
-    elif len(set(map(str, getattr(decoder, "hf_device_map", {}).values()))) > 1 or _is_spread(decoder):
+    elif _is_spread(decoder):
         reason = "accelerate has spread the decoder over several devices"
     elif cross.is_latent and any(weight.is_meta for weight in _latent_weights(decoder)):
         reason = f"accelerate has offloaded the weights that CrossConfig.format={cross.format!r} reads ('model' works)"
