@@ -16,7 +16,7 @@ demo: $(VENV)/.demo
 
 # JOBS=1 for one test at a time. Kernels for one GPU and PTX are enough to test that they compile.
 JOBS ?= 2
-test sanitize sanitize-cuda: export WHISPERKV_ARCHS ?= 80
+demo test bench sanitize sanitize-cuda: export WHISPERKV_ARCHS ?= 80
 test: $(VENV)/.test
 	$(BIN)/python -m pytest -q -n $(JOBS) --dist worksteal $(TESTS)
 
