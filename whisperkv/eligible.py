@@ -21,7 +21,7 @@ def why_not(decoder, given, cross):
     elif dtype not in DTYPES:
         reason = f"the model is in {_name(dtype)} (whisperkv takes {_name(*DTYPES)})"
     elif hidden:
-        reason = f"{hidden} has a forward of its own, which hides whisperkv's (patch() after it was set, or remove it)"
+        reason = f"{hidden} has a forward of its own, which hides whisperkv's (remove it)"
     elif _is_spread(decoder):
         reason = "accelerate has spread the decoder over several devices"
     elif cross.is_latent and any(weight.is_meta for weight in _latent_weights(decoder)):
