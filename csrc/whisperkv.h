@@ -135,20 +135,24 @@ size_t wkv_cross_scratch(const struct wkv_cross_attention *);
 const char *wkv_check_owners(const int32_t *owner, int64_t rows, const int32_t *lengths, int64_t audios, int64_t frames,
                              char *error, size_t error_size);
 
-/* One instruction set's kernels. Work items are independent and each is done by one thread in a fixed order, so the
- * bits do not depend on how the items are shared out. */
+/* One instruction set's kernels: name and arguments. Work items are independent and each is done by one thread in a
+ * fixed order, so the bits do not depend on how the items are shared out. Items [begin, end) are
+ *   compact_attention  of rows * heads
+ *   score_evict        of rows
+ *   pack               of audios * heads * groups
+ *   cross_attention    of parts * heads * splits
+ *   cross_finish       of rows * tokens * heads, when those are done */
+#define WKV_CPU_KERNELS(KERNEL) \
+  KERNEL(compact_attention, (const struct wkv_attention *, int64_t begin, int64_t end)) \
+  KERNEL(score_evict, (const struct wkv_eviction *, int64_t begin, int64_t end)) \
+  KERNEL(pack, (const struct wkv_packing *, int64_t begin, int64_t end)) \
+  KERNEL(cross_attention, (const struct wkv_cross_attention *, void *scratch, int64_t begin, int64_t end)) \
+  KERNEL(cross_finish, (const struct wkv_cross_attention *, int64_t begin, int64_t end))
+
+#define WKV_KERNEL_FIELD(name, arguments) void (*name) arguments;
 struct wkv_cpu_kernels {
   const char *isa;
-  /* items [begin, end) of rows * heads */
-  void (*compact_attention)(const struct wkv_attention *, int64_t begin, int64_t end);
-  /* items [begin, end) of rows */
-  void (*score_evict)(const struct wkv_eviction *, int64_t begin, int64_t end);
-  /* items [begin, end) of audios * heads * groups */
-  void (*pack)(const struct wkv_packing *, int64_t begin, int64_t end);
-  /* items [begin, end) of parts * heads * splits */
-  void (*cross_attention)(const struct wkv_cross_attention *, void *scratch, int64_t begin, int64_t end);
-  /* when those are done, items [begin, end) of rows * tokens * heads */
-  void (*cross_finish)(const struct wkv_cross_attention *, int64_t begin, int64_t end);
+  WKV_CPU_KERNELS(WKV_KERNEL_FIELD)
 };
 
 /* The kernels for this machine, or for the instruction set named ("portable", "avx2", "avx512", "avx512_vnni",

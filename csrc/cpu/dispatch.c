@@ -6,12 +6,15 @@
 
 #include "isa.h"
 
-WKV_DECLARE_KERNELS(portable)
-WKV_DECLARE_KERNELS(avx2)
-WKV_DECLARE_KERNELS(avx512)
-WKV_DECLARE_KERNELS(avx512_vnni)
-WKV_DECLARE_KERNELS(avx512_bf16)
-WKV_DECLARE_KERNELS(amx)
+/* The kernels of every instruction set are declared, those that were not compiled too: they are never named again. */
+#define DECLARE(name, arguments) \
+  void wkv_##name##_portable arguments; \
+  void wkv_##name##_avx2 arguments; \
+  void wkv_##name##_avx512 arguments; \
+  void wkv_##name##_avx512_vnni arguments; \
+  void wkv_##name##_avx512_bf16 arguments; \
+  void wkv_##name##_amx arguments;
+WKV_CPU_KERNELS(DECLARE)
 
 static bool runs_portable(void) { return true; }
 
@@ -58,9 +61,13 @@ struct variant {
   bool (*runs)(void);
 };
 
-#define VARIANT(isa) \
-  {{#isa, wkv_compact_attention_##isa, wkv_score_evict_##isa, wkv_pack_##isa, wkv_cross_attention_##isa, \
-    wkv_cross_finish_##isa}, runs_##isa}
+#define portable_KERNEL(name, arguments) .name = wkv_##name##_portable,
+#define avx2_KERNEL(name, arguments) .name = wkv_##name##_avx2,
+#define avx512_KERNEL(name, arguments) .name = wkv_##name##_avx512,
+#define avx512_vnni_KERNEL(name, arguments) .name = wkv_##name##_avx512_vnni,
+#define avx512_bf16_KERNEL(name, arguments) .name = wkv_##name##_avx512_bf16,
+#define amx_KERNEL(name, arguments) .name = wkv_##name##_amx,
+#define VARIANT(set) {{.isa = #set, WKV_CPU_KERNELS(set##_KERNEL)}, runs_##set}
 
 /* Best first. */
 static const struct variant variants[] = {
