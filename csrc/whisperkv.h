@@ -123,6 +123,79 @@ struct wkv_cross_attention {
   float *totals;                /* [splits, rows * tokens, heads, 2]: where exponentials are counted from, their sum */
 };
 
+/* ---- matrices: output = activation(x weight^T + bias) + residual ---- */
+
+/* How the numbers of a matrix are read. Sums are in float32, of 8 bit codes in 32 bit integers. */
+enum wkv_format { WKV_AS_FLOAT32, WKV_AS_BFLOAT16, WKV_AS_INT8, WKV_FORMATS };
+
+enum {
+  WKV_PANEL = 32,  /* outputs that stand side by side in a packed matrix */
+  WKV_SWATH = 192, /* rows of x that one work item takes */
+  WKV_MOST_INPUTS = INT32_MAX / (255 * 128) /* whose codes' products are added up in 32 bits */
+};
+
+/* A packed matrix: [panels, units + 1 of int8, 32] words of 32 bits, each of one output and unit: one float32, two
+ * bfloat16, or four codes of 8 bits plus 128. The last words of int8 are the outputs' steps: number = step * code. */
+static inline int64_t wkv_unit(const enum wkv_format format) {
+  return format == WKV_AS_FLOAT32 ? 1 : format == WKV_AS_BFLOAT16 ? 2 : 4;
+}
+static inline int64_t wkv_panel_words(const enum wkv_format format, const int64_t inputs) {
+  return (wkv_count_of(inputs, wkv_unit(format)) + (format == WKV_AS_INT8)) * WKV_PANEL;
+}
+
+struct wkv_matrix_packing {
+  int64_t outputs, inputs;
+  enum wkv_dtype dtype;   /* of weight */
+  enum wkv_format format;
+  const void *weight;     /* [outputs, inputs] */
+  uint32_t *panels;
+};
+
+/* Rows of numbers made ready to be multiplied: normed if there is a norm, then converted to the matrix's format. */
+struct wkv_rows {
+  int64_t rows, inputs;
+  enum wkv_format format;
+  const float *x;                    /* [rows, inputs] */
+  int64_t stride;                    /* numbers from one row of x to the next */
+  const float *norm_weight, *norm_bias; /* [inputs]; NULL: no layer norm */
+  float epsilon;
+  uint32_t *ready;                   /* [rows, ready_stride] words */
+  int64_t ready_stride;
+  struct wkv_step *steps;            /* [rows]; of int8 */
+};
+struct wkv_step {
+  float step;     /* number = step * code */
+  uint32_t extra; /* what the 128 in every code of a matrix adds to the row's sums */
+};
+
+/* Words from one row to the next: not a power of two, which would have all rows share a few lines of the cache. */
+static inline int64_t wkv_ready_stride(const enum wkv_format format, const int64_t inputs) {
+  return wkv_round_up(wkv_count_of(inputs, wkv_unit(format)), 16) + 16;
+}
+
+enum wkv_activation { WKV_NO_ACTIVATION, WKV_GELU, WKV_ACTIVATIONS };
+
+struct wkv_linear {
+  int64_t rows, inputs, outputs;
+  enum wkv_format format;
+  const uint32_t *ready;          /* [rows, ready_stride], and of int8 the steps: from wkv_rows */
+  int64_t ready_stride;
+  const struct wkv_step *steps;
+  const void *weight;             /* float32 [outputs, inputs] as the model has it, or panels */
+  int is_packed;
+  const float *bias;              /* [outputs], or NULL */
+  enum wkv_activation activation;
+  const float *residual;          /* [residual_rows, outputs], again and again, or NULL; may be output itself */
+  int64_t residual_rows;
+  float *output;                  /* [rows, output_stride] */
+  int64_t output_stride;
+};
+
+/* Work items of a linear. */
+static inline int64_t wkv_linear_items(const struct wkv_linear *const l) {
+  return wkv_count_of(l->rows, WKV_SWATH) * wkv_count_of(l->outputs, WKV_PANEL);
+}
+
 /* ---- on the CPU ---- */
 
 /* Fills parts, splits and part. */
@@ -141,13 +214,19 @@ const char *wkv_check_owners(const int32_t *owner, int64_t rows, const int32_t *
  *   score_evict        of rows
  *   pack               of audios * heads * groups
  *   cross_attention    of parts * heads * splits
- *   cross_finish       of rows * tokens * heads, when those are done */
+ *   cross_finish       of rows * tokens * heads, when those are done
+ *   pack_matrix        of panels
+ *   make_ready         of rows
+ *   linear             as wkv_linear_items says */
 #define WKV_CPU_KERNELS(KERNEL) \
   KERNEL(compact_attention, (const struct wkv_attention *, int64_t begin, int64_t end)) \
   KERNEL(score_evict, (const struct wkv_eviction *, int64_t begin, int64_t end)) \
   KERNEL(pack, (const struct wkv_packing *, int64_t begin, int64_t end)) \
   KERNEL(cross_attention, (const struct wkv_cross_attention *, void *scratch, int64_t begin, int64_t end)) \
-  KERNEL(cross_finish, (const struct wkv_cross_attention *, int64_t begin, int64_t end))
+  KERNEL(cross_finish, (const struct wkv_cross_attention *, int64_t begin, int64_t end)) \
+  KERNEL(pack_matrix, (const struct wkv_matrix_packing *, int64_t begin, int64_t end)) \
+  KERNEL(make_ready, (const struct wkv_rows *, int64_t begin, int64_t end)) \
+  KERNEL(linear, (const struct wkv_linear *, int64_t begin, int64_t end))
 
 #define WKV_KERNEL_FIELD(name, arguments) void (*name) arguments;
 struct wkv_cpu_kernels {

@@ -62,7 +62,7 @@ def _refuse_transform(*args):
 # torch's own autograd step for ops without gradients only warns, in backward. Here calls fall through it, so that the
 # C code itself sees which inputs require grad and refuses them; where gradients are off that costs nothing.
 _library = torch.library.Library("whisperkv", "IMPL")
-for _name in ("compact_attention", "score_evict", "pack_frames", "cross_attention"):
+for _name in ("compact_attention", "score_evict", "pack_frames", "cross_attention", "pack_matrix", "linear"):
     _library.impl(_name, torch.library.fallthrough_kernel, "Autograd")
     _library.impl(_name, _refuse_transform, "FuncTorchDynamicLayerFrontMode")
 
@@ -70,8 +70,13 @@ compact_attention = torch.ops.whisperkv.compact_attention.default
 score_evict = torch.ops.whisperkv.score_evict.default
 pack_frames = torch.ops.whisperkv.pack_frames.default
 cross_attention = torch.ops.whisperkv.cross_attention.default
+pack_matrix = torch.ops.whisperkv.pack_matrix.default
+linear = torch.ops.whisperkv.linear.default
 
 TILE, CHANNELS, MOST_CHANNELS = 16, 32, 132_096  # of a packed cache, as in whisperkv.h
+AS_FLOAT32, AS_BFLOAT16, AS_INT8 = range(3)  # how a matrix is read
+NO_ACTIVATION, GELU = range(2)
+PANEL = 32  # outputs of a packed matrix that stand side by side
 
 
 # What torch.compile and torch.export see. The dtype of a cache may be any, but is the same for all of None.
@@ -98,6 +103,14 @@ _CROSS = {
     "values": (None, "audios heads frames dim"),
     "owner": (torch.int32, "rows"),
     "lengths": (torch.int32, "audios"),
+}
+_LINEAR = {
+    "x": (torch.float32, "rows inputs"),
+    "norm_weight": (torch.float32, "inputs"),
+    "norm_bias": (torch.float32, "inputs"),
+    "weight": (torch.float32, "outputs inputs"),
+    "bias": (torch.float32, "outputs"),
+    "residual": (torch.float32, "others outputs"),
 }
 _CROSS_PACKED = {
     **_CROSS,
@@ -171,3 +184,29 @@ def _(query, keys, values, key_scales, value_scales, owner, lengths, frames, gro
         frames = sizes["frames"]
     weights = [sizes["rows"], sizes["heads"], sizes["tokens"], frames] if want_weights else [0]
     return query.new_empty(query.shape), query.new_empty(weights, dtype=torch.float32)
+
+
+def panel_words(format, inputs):
+    unit = (1, 2, 4)[format]
+    return (-(-inputs // unit) + (format == AS_INT8)) * PANEL
+
+
+@torch.library.register_fake(pack_matrix)
+def _(weight, format):
+    sizes = _sizes(pack_matrix, {"weight": (None, "outputs inputs")}, weight)
+    return weight.new_empty([-(-sizes["outputs"] // PANEL), panel_words(format, sizes["inputs"])], dtype=torch.int32)
+
+
+@torch.library.register_fake(linear)
+def _(x, norm_weight, norm_bias, weight, bias, residual, format, outputs, epsilon, activation):
+    given = dict(x=x, norm_weight=norm_weight, norm_bias=norm_bias, weight=weight, bias=bias, residual=residual)
+    layout = {name: _LINEAR[name] for name, tensor in given.items() if 0 not in tensor.shape or name == "x"}
+    if weight.dtype == torch.int32:
+        layout["weight"] = (torch.int32, "panels words")
+    sizes = _sizes(linear, layout, *(given[name] for name in layout))
+    wanted = (outputs, sizes["inputs"])
+    if weight.dtype == torch.int32:
+        wanted = (-(-outputs // PANEL), panel_words(format, sizes["inputs"]))
+    text = f"{linear.name()}: weight must be {list(wanted)}, got {list(weight.shape)}"
+    torch._check(tuple(weight.shape) == wanted, lambda text=text: text)
+    return x.new_empty([sizes["rows"], outputs])

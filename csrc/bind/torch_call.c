@@ -12,7 +12,8 @@
 static const char *const dtype_names[] = {TORCH_DTYPES(TEXT) "another dtype"};
 static const char *const device_names[] = {TORCH_DEVICES(TEXT) "another device"};
 static const char *const size_names[SIZES] = {"rows",   "tokens", "heads", "slots",    "dim",    "cursors", "audios",
-                                              "frames", "tiles",  "strip", "channels", "groups", "2"};
+                                              "frames", "tiles",  "strip", "channels", "groups", "2",
+                                              "inputs", "outputs", "panels", "words", "other rows"};
 
 bool fail(struct call *const call, const char *const format, ...) {
   va_list values;
@@ -112,6 +113,21 @@ bool accept(struct call *const call, const int i, const struct argument *const w
   call->device_index = device_index;
   if (want->dtype == CACHE) call->cache_dtype = dtype;
   for (int64_t d = 0; d < dim; d++) call->sizes[want->shape[d]] = sizes[d];
+  return true;
+}
+
+bool accept_rows(struct call *const call, const int i, const struct argument *const want, int64_t *const stride) {
+  int64_t *strides;
+  if (!accept(call, i, want, false)) return false;
+  if (shim.aoti_torch_get_strides(call->tensors[i], &strides)) return fail(call, "%s has no strides", want->name);
+  const int64_t *const size = call->sizes, rows = size[want->shape[0]], numbers = size[want->shape[1]];
+  if ((numbers > 1 && strides[1] != 1) || strides[0] < 0)
+    return fail(call, "%s must have rows whose numbers lie side by side, got a strided view", want->name);
+  if ((uintptr_t)call->data[i] % alignment_of(want->dtype))
+    return fail(call, "%s must begin at a multiple of %d bytes, got a shifted view: clone() it", want->name,
+                alignment_of(want->dtype));
+  *stride = rows > 1 ? strides[0] : numbers;
+  call->bytes[i] = rows ? (size_t)((rows - 1) * *stride + numbers) * alignment_of(want->dtype) : 0;
   return true;
 }
 

@@ -7,10 +7,13 @@
 #include "memory.h"
 #include "torch_shim.h"
 
-enum size { ROWS, TOKENS, HEADS, SLOTS, DIM, CURSORS, AUDIOS, FRAMES, TILES, STRIP, CHANNELS, GROUPS, PAIR, SIZES };
+enum size {
+  ROWS, TOKENS, HEADS, SLOTS, DIM, CURSORS, AUDIOS, FRAMES, TILES, STRIP, CHANNELS, GROUPS, PAIR, INPUTS, OUTPUTS,
+  PANELS, WORDS, OTHER_ROWS, SIZES
+};
 
 enum { UNKNOWN = -1, CACHE = TORCH_DTYPE_COUNT };
-enum { MAX_DIM = 5, MAX_TENSORS = 7, MAX_RESULTS = 2, MAX_BORROWED = 2, ERROR_SIZE = 512 };
+enum { MAX_DIM = 5, MAX_TENSORS = 8, MAX_RESULTS = 2, MAX_BORROWED = 3, ERROR_SIZE = 512 };
 
 struct argument {
   const char *name;
@@ -35,6 +38,9 @@ __attribute__((format(printf, 2, 3))) bool fail(struct call *, const char *forma
 
 /* Checks tensor i of a call. One that the op does not read lends its shape alone: it may be an expanded scalar. */
 bool accept(struct call *, int i, const struct argument *, bool is_read);
+
+/* The same of one whose rows may lie apart, each whole: [rows, numbers], so many numbers from one to the next. */
+bool accept_rows(struct call *, int i, const struct argument *, int64_t *stride);
 
 /* Of the tensors accepted, those that the op writes (a bit of `written` each) share memory with no other. */
 bool are_apart(struct call *, const struct argument *, int count, unsigned written);

@@ -129,3 +129,52 @@ bool device_attend_cross(struct call *const call, struct wkv_cross_attention *co
   free(owner);
   return done;
 }
+
+/* ---- matrices ---- */
+
+static void pack_matrix(const int64_t begin, const int64_t end, void *const packing) {
+  kernels->pack_matrix(packing, begin, end);
+}
+
+bool device_pack_matrix(struct call *const call, const struct wkv_matrix_packing *const p) {
+  return share_out(call, wkv_count_of(p->outputs, WKV_PANEL), 1.0 * WKV_PANEL * p->inputs, pack_matrix, (void *)p);
+}
+
+static void make_ready(const int64_t begin, const int64_t end, void *const rows) {
+  kernels->make_ready(rows, begin, end);
+}
+
+static void multiply(const int64_t begin, const int64_t end, void *const linear) {
+  kernels->linear(linear, begin, end);
+}
+
+enum { WORK_PER_NUMBER = 2 }; /* products that take as long as reading a number of the cache */
+enum { FEW_ROWS = 96 }; /* with more, a matrix in the model's own order is packed first */
+
+bool device_linear(struct call *const call, const struct wkv_rows *const rows, const struct wkv_linear *const linear) {
+  struct wkv_rows r = *rows;
+  struct wkv_linear l = *linear;
+  const bool is_ready = r.format == WKV_AS_FLOAT32 && !r.norm_weight;
+  const bool packs_first = !l.is_packed && l.rows > FEW_ROWS;
+  if (l.rows == 0) return true;
+  l.ready_stride = r.ready_stride = is_ready ? r.stride : wkv_ready_stride(r.format, r.inputs);
+  if (is_ready) l.ready = (const uint32_t *)r.x;
+  else l.ready = r.ready = borrow(call, r.rows * r.ready_stride);
+  if (!l.ready) return fail(call, "no memory for %lld rows", (long long)r.rows);
+  if (r.format == WKV_AS_INT8) {
+    l.steps = r.steps = borrow(call, r.rows * (int64_t)(sizeof *r.steps / sizeof(float)));
+    if (!l.steps) return fail(call, "no memory for %lld rows", (long long)r.rows);
+  }
+  if (packs_first) {
+    const struct wkv_matrix_packing packing = {
+        .outputs = l.outputs, .inputs = l.inputs, .dtype = WKV_FLOAT32, .format = l.format, .weight = l.weight,
+        .panels = borrow(call, wkv_count_of(l.outputs, WKV_PANEL) * wkv_panel_words(l.format, l.inputs))};
+    if (!packing.panels) return fail(call, "no memory for a packed matrix");
+    if (!device_pack_matrix(call, &packing)) return false;
+    l.weight = packing.panels;
+    l.is_packed = true;
+  }
+  const double work = 1.0 * (l.rows < WKV_SWATH ? l.rows : WKV_SWATH) * WKV_PANEL * (double)l.inputs;
+  return (is_ready || share_out(call, r.rows, 4.0 * r.inputs, make_ready, &r)) &&
+         share_out(call, wkv_linear_items(&l), work / WORK_PER_NUMBER, multiply, &l);
+}

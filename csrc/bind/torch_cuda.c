@@ -71,3 +71,13 @@ bool device_attend_cross(struct call *const call, struct wkv_cross_attention *co
   }
   return launch(call, attend_cross, a);
 }
+
+bool device_pack_matrix(struct call *const call, const struct wkv_matrix_packing *const p) {
+  (void)p;
+  return fail(call, "there is no such kernel for CUDA, whose own libraries are as fast: use torch");
+}
+
+bool device_linear(struct call *const call, const struct wkv_rows *const r, const struct wkv_linear *const l) {
+  (void)r, (void)l;
+  return fail(call, "there is no such kernel for CUDA, whose own libraries are as fast: use torch");
+}

@@ -20,4 +20,8 @@ bool device_pack(struct call *, const struct wkv_packing *);
 /* Plans it and takes the memory for that. */
 bool device_attend_cross(struct call *, struct wkv_cross_attention *);
 
+/* Matrices. rows says what x is, and linear what becomes of it; the rest is taken care of. */
+bool device_pack_matrix(struct call *, const struct wkv_matrix_packing *);
+bool device_linear(struct call *, const struct wkv_rows *, const struct wkv_linear *);
+
 #endif
