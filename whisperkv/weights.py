@@ -1,0 +1,134 @@
+"""How a model's matrices are read on the CPU: its own numbers in a faster order, or bfloat16 or 8 bit codes of them.
+
+A matrix is read where it is or, in the other formats, from a packed copy that follows it: one that was written to or
+moved since is packed again. Weights, names and what is saved stay the model's.
+"""
+
+import threading
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from . import ops
+from .eligible import become
+
+FORMATS = {"model": ops.AS_FLOAT32, "bfloat16": ops.AS_BFLOAT16, "int8": ops.AS_INT8}
+NONE = torch.empty(0)  # what an op is given for what there is none of
+
+
+class Matrix(NamedTuple):
+    """What the ops read of a linear layer."""
+
+    weight: torch.Tensor  # float32 [outputs, inputs], the model's own; or panels
+    bias: torch.Tensor
+    format: int
+    outputs: int
+
+
+class FastLinear(nn.Linear):
+    """A linear layer that patch() has turned into ours by its class alone."""
+
+    def forward(self, x):
+        matrix = matrix_of(self) if is_ours_to_multiply(x) else None
+        if matrix is None or needs_grad(x, self.weight, self.bias):
+            return super().forward(x)
+        return multiply(x.reshape(-1, x.shape[-1]), matrix).view(*x.shape[:-1], -1)
+
+
+class Packed:
+    """A copy of a weight in another format, made when it is first read and again whenever the weight has changed."""
+
+    def __init__(self, format):
+        self.format, self._of, self._panels, self._lock = format, None, None, threading.Lock()
+
+    def __reduce__(self):
+        return Packed, (self.format,)  # a copy of the model packs its own
+
+    def of(self, weight):
+        if self.format == ops.AS_FLOAT32:
+            return weight.detach()
+        found = (weight.data_ptr(), 0 if weight.is_inference() else weight._version, weight.shape)
+        if self._of != found:
+            with self._lock, torch.no_grad():
+                self._panels, self._of = ops.pack_matrix(weight.detach().contiguous(), self.format), found
+        return self._panels
+
+    @property
+    def nbytes(self):
+        return 0 if self._panels is None else self._panels.nbytes
+
+
+def install(model, format):
+    """Let all linear layers that can be ours be so; why the others cannot, by name."""
+    others = {}
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear):
+            reason = why_not(module)
+            if reason:
+                others[name] = reason
+            else:
+                become(module, FastLinear)
+                module.packed = Packed(FORMATS[format])
+    return others
+
+
+def uninstall(model):
+    for module in model.modules():
+        if type(module) is FastLinear:
+            become(module, nn.Linear)
+            vars(module).pop("packed", None)
+
+
+def why_not(linear):
+    """Why a linear layer stays as it is; "" if it can be ours."""
+    weight = linear.weight
+    if type(linear) is not nn.Linear:
+        return f"a {type(linear).__module__}.{type(linear).__name__}"
+    if type(weight) not in (torch.Tensor, nn.Parameter):
+        return f"its weight is a {type(weight).__module__}.{type(weight).__name__}"
+    if weight.dtype != torch.float32 or weight.device.type != "cpu":
+        return f"in {str(weight.dtype).removeprefix('torch.')} on {weight.device}"
+    if linear.in_features > ops.MOST_INPUTS or "forward" in vars(linear):
+        return "too wide" if linear.in_features > ops.MOST_INPUTS else "it has a forward of its own"
+    return ""
+
+
+def matrix_of(linear):
+    """None while the layer is not ours, or no longer what it was when it became so."""
+    weight, bias = linear.weight, linear.bias
+    packed = vars(linear).get("packed")
+    for tensor in (weight, bias):
+        if tensor is not None and not (tensor.is_cpu and tensor.dtype == torch.float32 and tensor.is_contiguous()):
+            return None
+    if packed is None or type(weight) not in (torch.Tensor, nn.Parameter):
+        return None
+    return Matrix(packed.of(weight), NONE if bias is None else bias.detach(), packed.format, len(weight))
+
+
+def is_ours_to_multiply(x):
+    return (
+        x.is_cpu
+        and x.dtype == torch.float32
+        and x.dim() > 0
+        and not torch.compiler.is_compiling()
+        and not torch.jit.is_tracing()
+        and not torch.is_autocast_enabled("cpu")
+    )
+
+
+def needs_grad(*tensors):
+    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
+
+
+def multiply(x, matrix, norm=None, activation=ops.NO_ACTIVATION, residual=NONE):
+    """activation(norm(x) weight^T + bias) + residual, of x [rows, inputs] and a residual of as many rows or fewer."""
+    weight, bias, epsilon = (NONE, NONE, 0.0) if norm is None else (norm.weight.detach(), norm.bias.detach(), norm.eps)
+    return ops.linear(
+        x, weight, bias, matrix.weight, matrix.bias, residual, matrix.format, matrix.outputs, epsilon, activation
+    )
+
+
+def bytes_of(model):
+    """What packed copies take beside the model's own weights."""
+    return sum(module.packed.nbytes for module in model.modules() if type(module) is FastLinear)
