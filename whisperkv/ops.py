@@ -62,7 +62,7 @@ def _refuse_transform(*args):
 # torch's own autograd step for ops without gradients only warns, in backward. Here calls fall through it, so that the
 # C code itself sees which inputs require grad and refuses them; where gradients are off that costs nothing.
 _library = torch.library.Library("whisperkv", "IMPL")
-for _name in ("compact_attention", "score_evict", "pack_frames", "cross_attention"):
+for _name in ("compact_attention", "score_evict", "pack_frames", "cross_attention", "encoder_attention"):
     _library.impl(_name, torch.library.fallthrough_kernel, "Autograd")
     _library.impl(_name, _refuse_transform, "FuncTorchDynamicLayerFrontMode")
 
@@ -70,6 +70,7 @@ compact_attention = torch.ops.whisperkv.compact_attention.default
 score_evict = torch.ops.whisperkv.score_evict.default
 pack_frames = torch.ops.whisperkv.pack_frames.default
 cross_attention = torch.ops.whisperkv.cross_attention.default
+encoder_attention = torch.ops.whisperkv.encoder_attention.default
 
 TILE, CHANNELS, MOST_CHANNELS = 16, 32, 132_096  # of a packed cache, as in whisperkv.h
 
@@ -105,6 +106,13 @@ _CROSS_PACKED = {
     "values": (torch.uint8, "audios heads tiles strip channels"),
     "key_scales": (torch.float32, "audios heads groups two channels"),
     "value_scales": (torch.float32, "audios heads groups two channels"),
+}
+_ENCODER = {
+    "query": (torch.float32, "audios frames heads dim"),
+    "key": (torch.float32, "audios frames heads dim"),
+    "value": (torch.float32, "audios frames heads dim"),
+    "bias": (torch.float32, "audios frames"),  # or empty
+    "lengths": (torch.int32, "audios"),  # or empty
 }
 
 
@@ -171,3 +179,11 @@ def _(query, keys, values, key_scales, value_scales, owner, lengths, frames, gro
         frames = sizes["frames"]
     weights = [sizes["rows"], sizes["heads"], sizes["tokens"], frames] if want_weights else [0]
     return query.new_empty(query.shape), query.new_empty(weights, dtype=torch.float32)
+
+
+@torch.library.register_fake(encoder_attention)
+def _(query, key, value, bias, lengths, scale, precision):
+    given = dict(query=query, key=key, value=value, bias=bias, lengths=lengths)
+    given = {name: tensor for name, tensor in given.items() if name in ("query", "key", "value") or tensor.numel()}
+    _sizes(encoder_attention, {name: _ENCODER[name] for name in given}, *given.values())
+    return query.new_empty(query.shape)

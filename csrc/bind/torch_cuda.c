@@ -71,3 +71,8 @@ bool device_attend_cross(struct call *const call, struct wkv_cross_attention *co
   }
   return launch(call, attend_cross, a);
 }
+
+bool device_attend_frames(struct call *const call, struct wkv_encoder_attention *const a) {
+  (void)a;
+  return fail(call, "runs on the CPU alone: leave the encoder to torch on %s", device_key);
+}

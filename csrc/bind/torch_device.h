@@ -19,5 +19,7 @@ bool device_evict(struct call *, const struct wkv_eviction *);
 bool device_pack(struct call *, const struct wkv_packing *);
 /* Plans it and takes the memory for that. */
 bool device_attend_cross(struct call *, struct wkv_cross_attention *);
+/* On the CPU alone. */
+bool device_attend_frames(struct call *, struct wkv_encoder_attention *);
 
 #endif

@@ -31,6 +31,7 @@ typedef void (*torch_range_task)(int64_t begin, int64_t end, void *context);
   F(AOTITorchError, aoti_torch_get_data_ptr, (AtenTensorHandle, void **)) \
   F(AOTITorchError, aoti_torch_get_dim, (AtenTensorHandle, int64_t *)) \
   F(AOTITorchError, aoti_torch_get_sizes, (AtenTensorHandle, int64_t **)) \
+  F(AOTITorchError, aoti_torch_get_strides, (AtenTensorHandle, int64_t **)) \
   F(AOTITorchError, aoti_torch_get_dtype, (AtenTensorHandle, int32_t *)) \
   F(AOTITorchError, aoti_torch_get_device_type, (AtenTensorHandle, int32_t *)) \
   F(AOTITorchError, aoti_torch_get_device_index, (AtenTensorHandle, int32_t *)) \
