@@ -196,7 +196,47 @@ static inline int64_t wkv_linear_items(const struct wkv_linear *const l) {
   return wkv_count_of(l->rows, WKV_SWATH) * wkv_count_of(l->outputs, WKV_PANEL);
 }
 
+/* ---- self-attention of the encoder: every frame of an audio attends over all of them ---- */
+
+/* How queries, keys, values and the weights of frames are multiplied. */
+enum wkv_precision {
+  WKV_IN_FLOAT32,
+  WKV_IN_BFLOAT16, /* all four are rounded to it, and the products added up in float32 */
+  WKV_IN_BYTES,    /* 8 bits: queries and keys a frame at a time, values a channel at a time; sums are exact */
+  WKV_PRECISIONS
+};
+
+/* Those of one head stand together: [audios, frames, heads, head_dim], but with steps of their own, in floats, from
+ * frame to frame and from audio to audio. */
+struct wkv_heads {
+  const float *data;
+  int64_t frame, audio;
+};
+
+/* Keys and values are packed first, those of a few heads at a time. Heads are numbered audio * heads + head. */
+struct wkv_encoder_attention {
+  int64_t audios, frames, heads, head_dim;
+  enum wkv_precision precision;
+  struct wkv_heads query, key, value;
+  const float *bias;      /* [audios, frames]: added to the logits of each frame; NULL: none */
+  const int32_t *lengths; /* [audios]: frames in use, 1 or more; what comes after is not seen and gives 0. NULL: all */
+  float *output;          /* [audios, frames, heads, head_dim] */
+  float scale;            /* of the logits, before the bias */
+  int64_t first_head;     /* of those that are packed now */
+  uint32_t *packed;       /* wkv_encoder_packed() numbers for each of them, at a multiple of 64 bytes */
+};
+
+enum {
+  WKV_QUERIES = 48,     /* frames that one work item attends from */
+  WKV_PACKED_HEADS = 8, /* heads that are packed at a time, so that they stay in a cache */
+  WKV_MOST_SUMMED = 1 << 16 /* frames, and channels of a head: so many products of bytes are added up in 32 bits */
+};
+
 /* ---- on the CPU ---- */
+
+/* Numbers of 32 bits that a packed head takes, and that a thread needs beside. */
+int64_t wkv_encoder_packed(const struct wkv_encoder_attention *);
+int64_t wkv_encoder_scratch(const struct wkv_encoder_attention *);
 
 /* Fills parts, splits and part. */
 void wkv_cross_plan(struct wkv_cross_attention *);
@@ -217,7 +257,9 @@ const char *wkv_check_owners(const int32_t *owner, int64_t rows, const int32_t *
  *   cross_finish       of rows * tokens * heads, when those are done
  *   pack_matrix        of panels
  *   make_ready         of rows
- *   linear             as wkv_linear_items says */
+ *   linear             as wkv_linear_items says
+ *   encoder_pack       of the heads that are packed now
+ *   encoder_attention  of these heads times the blocks of WKV_QUERIES frames, when those are done */
 #define WKV_CPU_KERNELS(KERNEL) \
   KERNEL(compact_attention, (const struct wkv_attention *, int64_t begin, int64_t end)) \
   KERNEL(score_evict, (const struct wkv_eviction *, int64_t begin, int64_t end)) \
@@ -226,7 +268,9 @@ const char *wkv_check_owners(const int32_t *owner, int64_t rows, const int32_t *
   KERNEL(cross_finish, (const struct wkv_cross_attention *, int64_t begin, int64_t end)) \
   KERNEL(pack_matrix, (const struct wkv_matrix_packing *, int64_t begin, int64_t end)) \
   KERNEL(make_ready, (const struct wkv_rows *, int64_t begin, int64_t end)) \
-  KERNEL(linear, (const struct wkv_linear *, int64_t begin, int64_t end))
+  KERNEL(linear, (const struct wkv_linear *, int64_t begin, int64_t end)) \
+  KERNEL(encoder_pack, (const struct wkv_encoder_attention *, int64_t begin, int64_t end)) \
+  KERNEL(encoder_attention, (const struct wkv_encoder_attention *, void *scratch, int64_t begin, int64_t end))
 
 #define WKV_KERNEL_FIELD(name, arguments) void (*name) arguments;
 struct wkv_cpu_kernels {

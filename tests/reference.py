@@ -194,3 +194,33 @@ def cross_attention_in_bytes(
         total = (logits - top[..., None]).exp().sum(-1)
         output[row] = sum(mixed * ((its - top).exp() / total)[..., None] for mixed, its in mixes)
     return output.to(query.dtype), weights.transpose(1, 2).contiguous() if want_weights else torch.empty(0)
+
+
+# The encoder's self-attention
+
+FLOAT32, BFLOAT16, BYTES = range(3)  # how its numbers are multiplied
+
+
+def rounded(x, precision, side):
+    """What the products are made of: numbers in bfloat16, or in bytes that share a unit along a side."""
+    if precision == FLOAT32:
+        return x
+    if precision == BFLOAT16:
+        return x.bfloat16().double()
+    unit = x.abs().amax(side, keepdim=True) / 127
+    return torch.where(unit > 0, torch.round(x / unit) * unit, x)
+
+
+def encoder_attention(query, key, value, bias, lengths, scale, precision):
+    """query, key, value: [audios, frames, heads, dim], in float64 but for the roundings. Weights of frames are not
+    rounded here, so the kernels are held to this a little loosely."""
+    audios, frames, _, _ = query.shape
+    output = torch.zeros(query.shape)
+    for audio in range(audios):
+        length = int(lengths[audio]) if lengths.numel() else frames
+        q, k = (rounded(x[audio, :length].double(), precision, -1) for x in (query, key))
+        v = rounded(value[audio, :length].double(), precision, 0)
+        logits = torch.einsum("qhd,khd->hqk", q, k) * scale
+        logits = logits + bias[audio, :length] if bias.numel() else logits
+        output[audio, :length] = torch.einsum("hqk,khd->qhd", logits.softmax(-1), v).float()
+    return output

@@ -62,7 +62,9 @@ def _refuse_transform(*args):
 # torch's own autograd step for ops without gradients only warns, in backward. Here calls fall through it, so that the
 # C code itself sees which inputs require grad and refuses them; where gradients are off that costs nothing.
 _library = torch.library.Library("whisperkv", "IMPL")
-for _name in ("compact_attention", "score_evict", "pack_frames", "cross_attention", "pack_matrix", "linear"):
+for _name in (
+    "compact_attention", "score_evict", "pack_frames", "cross_attention", "encoder_attention", "pack_matrix", "linear",
+):  # fmt: skip
     _library.impl(_name, torch.library.fallthrough_kernel, "Autograd")
     _library.impl(_name, _refuse_transform, "FuncTorchDynamicLayerFrontMode")
 
@@ -72,10 +74,12 @@ pack_frames = torch.ops.whisperkv.pack_frames.default
 cross_attention = torch.ops.whisperkv.cross_attention.default
 pack_matrix = torch.ops.whisperkv.pack_matrix.default
 linear = torch.ops.whisperkv.linear.default
+encoder_attention = torch.ops.whisperkv.encoder_attention.default
 
 TILE, CHANNELS, MOST_CHANNELS = 16, 32, 132_096  # of a packed cache, as in whisperkv.h
 AS_FLOAT32, AS_BFLOAT16, AS_INT8 = range(3)  # how a matrix is read
 NO_ACTIVATION, GELU = range(2)
+MOST_INPUTS = (2**31 - 1) // (255 * 128)  # of a matrix
 PANEL = 32  # outputs of a packed matrix that stand side by side
 
 
@@ -118,6 +122,13 @@ _CROSS_PACKED = {
     "values": (torch.uint8, "audios heads tiles strip channels"),
     "key_scales": (torch.float32, "audios heads groups two channels"),
     "value_scales": (torch.float32, "audios heads groups two channels"),
+}
+_ENCODER = {
+    "query": (torch.float32, "audios frames heads dim"),
+    "key": (torch.float32, "audios frames heads dim"),
+    "value": (torch.float32, "audios frames heads dim"),
+    "bias": (torch.float32, "audios frames"),  # or empty
+    "lengths": (torch.int32, "audios"),  # or empty
 }
 
 
@@ -210,3 +221,11 @@ def _(x, norm_weight, norm_bias, weight, bias, residual, format, outputs, epsilo
     text = f"{linear.name()}: weight must be {list(wanted)}, got {list(weight.shape)}"
     torch._check(tuple(weight.shape) == wanted, lambda text=text: text)
     return x.new_empty([sizes["rows"], outputs])
+
+
+@torch.library.register_fake(encoder_attention)
+def _(query, key, value, bias, lengths, scale, precision):
+    given = dict(query=query, key=key, value=value, bias=bias, lengths=lengths)
+    given = {name: tensor for name, tensor in given.items() if name in ("query", "key", "value") or tensor.numel()}
+    _sizes(encoder_attention, {name: _ENCODER[name] for name in given}, *given.values())
+    return query.new_empty(query.shape)

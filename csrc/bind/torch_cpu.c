@@ -178,3 +178,49 @@ bool device_linear(struct call *const call, const struct wkv_rows *const rows, c
   return (is_ready || share_out(call, r.rows, 4.0 * r.inputs, make_ready, &r)) &&
          share_out(call, wkv_linear_items(&l), work / WORK_PER_NUMBER, multiply, &l);
 }
+
+/* ---- the encoder ---- */
+
+struct encoding {
+  struct wkv_encoder_attention *attention;
+  bool no_memory;
+};
+
+static void pack_heads(const int64_t begin, const int64_t end, void *const context) {
+  const struct encoding *const encoding = context;
+  kernels->encoder_pack(encoding->attention, begin, end);
+}
+
+static void attend_frames(const int64_t begin, const int64_t end, void *const context) {
+  struct encoding *const encoding = context;
+  const size_t bytes = (size_t)wkv_encoder_scratch(encoding->attention) * sizeof(float);
+  void *const scratch = aligned_alloc(64, bytes);
+  if (scratch) kernels->encoder_attention(encoding->attention, scratch, begin, end);
+  else encoding->no_memory = true;
+  free(scratch);
+}
+
+static bool attend_packed(struct call *const call, struct wkv_encoder_attention *const a) {
+  const int64_t heads = a->audios * a->heads, blocks = wkv_count_of(a->frames, WKV_QUERIES);
+  const int64_t together = heads < WKV_PACKED_HEADS ? heads : WKV_PACKED_HEADS, numbers = wkv_encoder_packed(a);
+  struct encoding encoding = {a, false};
+  a->packed = aligned_alloc(64, (size_t)(together * numbers) * sizeof *a->packed);
+  bool done = a->packed || fail(call, "no memory for the keys and values of %lld heads", (long long)together);
+  for (a->first_head = 0; done && a->first_head < heads; a->first_head += together) {
+    const int64_t now = heads - a->first_head < together ? heads - a->first_head : together;
+    done = share_out(call, now, (double)numbers, pack_heads, &encoding) &&
+           share_out(call, now * blocks, (double)WKV_QUERIES * (double)numbers, attend_frames, &encoding) &&
+           (!encoding.no_memory || fail(call, "no memory for a thread's scratch"));
+  }
+  free(a->packed);
+  return done;
+}
+
+bool device_attend_frames(struct call *const call, struct wkv_encoder_attention *const a) {
+  if (!a->lengths) return attend_packed(call, a);
+  int32_t *const lengths = copy_checked(call, NULL, 0, a->lengths, a->audios, a->frames);
+  a->lengths = lengths;
+  const bool done = lengths && attend_packed(call, a);
+  free(lengths);
+  return done;
+}

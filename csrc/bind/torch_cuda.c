@@ -81,3 +81,8 @@ bool device_linear(struct call *const call, const struct wkv_rows *const r, cons
   (void)r, (void)l;
   return fail(call, "there is no such kernel for CUDA, whose own libraries are as fast: use torch");
 }
+
+bool device_attend_frames(struct call *const call, struct wkv_encoder_attention *const a) {
+  (void)a;
+  return fail(call, "runs on the CPU alone: leave the encoder to torch on %s", device_key);
+}

@@ -19,6 +19,8 @@ bool device_evict(struct call *, const struct wkv_eviction *);
 bool device_pack(struct call *, const struct wkv_packing *);
 /* Plans it and takes the memory for that. */
 bool device_attend_cross(struct call *, struct wkv_cross_attention *);
+/* On the CPU alone. */
+bool device_attend_frames(struct call *, struct wkv_encoder_attention *);
 
 /* Matrices. rows says what x is, and linear what becomes of it; the rest is taken care of. */
 bool device_pack_matrix(struct call *, const struct wkv_matrix_packing *);

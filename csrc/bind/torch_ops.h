@@ -9,9 +9,9 @@ struct torch_op {
   int tensors, results;
 };
 
-/* O(name): torch_self.c, torch_cross.c and torch_linear.c define name##_op. */
-#define TORCH_OPS(O) O(compact_attention) O(score_evict) O(pack_frames) O(cross_attention) \
-  O(pack_matrix) O(linear)
+/* O(name): torch_self.c, torch_cross.c, torch_frames.c and torch_linear.c define name##_op. */
+#define TORCH_OPS(O) \
+  O(compact_attention) O(score_evict) O(pack_frames) O(cross_attention) O(encoder_attention) O(pack_matrix) O(linear)
 
 /* Registers their schemas, if told to, and their kernels for the device of this module, for the life of the process;
  * torch_shim_load comes first. NULL, or the step that failed. */

@@ -91,3 +91,16 @@ size_t wkv_cross_scratch(const struct wkv_cross_attention *const a) {
   return sizeof(float) * (WKV_TOGETHER * (channels + WKV_BLOCK) + channels) + WKV_TOGETHER * (channels + WKV_BLOCK) +
          sizeof(int32_t) * WKV_TOGETHER * WKV_BLOCK;
 }
+
+/* Instruction sets differ in how many frames and channels stand side by side: 64 at most. */
+enum { SIDE_BY_SIDE = 64 };
+
+int64_t wkv_encoder_packed(const struct wkv_encoder_attention *const a) {
+  const int64_t frames = wkv_round_up(a->frames, SIDE_BY_SIDE), channels = wkv_round_up(a->head_dim, SIDE_BY_SIDE);
+  return frames * (a->head_dim + channels) + 3 * frames + channels; /* beside: bias, units and sums of frames; units */
+}
+
+int64_t wkv_encoder_scratch(const struct wkv_encoder_attention *const a) {
+  const int64_t frames = wkv_round_up(a->frames, SIDE_BY_SIDE), channels = wkv_round_up(a->head_dim, SIDE_BY_SIDE);
+  return WKV_QUERIES * (channels + SIDE_BY_SIDE + frames + SIDE_BY_SIDE + channels); /* queries, largest, weights, sums */
+}
