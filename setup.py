@@ -32,7 +32,7 @@ CUDA_PROBE = "csrc/cuda/probe.cu"
 ARCHS = ("80", "89", "90", "100", "120")
 HEADERS = glob("csrc/**/*.h", recursive=True)
 
-BINDING = [f"csrc/bind/torch_{name}.c" for name in ("call", "cross", "frames", "linear", "ops", "self", "shim")]
+BINDING = [f"csrc/bind/torch_{name}.c" for name in ("call", "cross", "frames", "linear", "ops", "self", "shim", "step")]
 ON_CPU = ["csrc/cpu/dispatch.c", "csrc/cpu/plan.c"]
 
 CUDA = os.environ.get("WHISPERKV_CUDA", "auto")
@@ -143,7 +143,7 @@ extensions = [extension("_numpy", "csrc/bind/numpy.c", *ON_CPU, include_dirs=[nu
 if CUDA == "on_cpu":
     extensions.append(extension("_torch", "csrc/bind/torch.c", "csrc/bind/torch_cuda.c", *BINDING, link=["-lstdc++"]))
 else:
-    extensions.append(extension("_torch", "csrc/bind/torch.c", "csrc/bind/torch_cpu.c", *BINDING, *ON_CPU))
+    extensions.append(extension("_torch", "csrc/bind/torch.c", "csrc/bind/torch_cpu.c", "csrc/bind/torch_cpu_step.c", *BINDING, *ON_CPU))
 if HOME:
     libraries = {"library_dirs": [str(cudart(HOME))], "libraries": ["cudart_static", "rt", "pthread", "dl"]}
     extensions.append(extension("_cuda", "csrc/bind/cuda.c", "csrc/bind/torch_cuda.c", *BINDING, **libraries))

@@ -9,10 +9,12 @@ from transformers.models.whisper.modeling_whisper import WhisperAttention, Whisp
 
 from . import ops
 from .compat import record_outputs_as
-from .snapshot import has_hooks
-from .weights import FastLinear, Packed, Matrix, is_ours_to_multiply, matrix_of, multiply, needs_grad
+from .eligible import become
+from .snapshot import are_plain, is_hooked
+from .weights import FORMATS, NONE, FastLinear, Matrix, Packed, is_ours_to_multiply, matrix_of, multiply, needs_grad
 
-_KNOWN = (nn.ModuleList, nn.Conv1d, nn.Embedding, nn.LayerNorm, FastLinear, WhisperEncoderLayer, WhisperAttention)
+_MODULES = (nn.ModuleList, nn.Conv1d, nn.Embedding, nn.LayerNorm, FastLinear, WhisperEncoderLayer, WhisperAttention)
+_NO_LENGTHS = torch.empty(0, dtype=torch.int32)
 
 
 class FastEncoder(WhisperEncoder):
@@ -30,6 +32,39 @@ class FastEncoder(WhisperEncoder):
 record_outputs_as(FastEncoder, WhisperEncoder)
 
 
+def install(encoder, format):
+    become(encoder, FastEncoder)
+    for conv in (encoder.conv1, encoder.conv2):
+        conv.packed = Packed(FORMATS[format], by_windows)
+
+
+def uninstall(encoder):
+    if type(encoder) is FastEncoder:
+        become(encoder, WhisperEncoder)
+        for conv in (encoder.conv1, encoder.conv2):
+            vars(conv).pop("packed", None)
+
+
+def _is_plain(encoder, features, given):
+    """Nothing is wanted but the states, and nobody looks on."""
+    config, modules = encoder.config, list(encoder.modules())[1:]
+    return (
+        isinstance(features, torch.Tensor)
+        and features.dim() == 3
+        and is_ours_to_multiply(features)
+        and features.shape[1:] == (config.num_mel_bins, 2 * config.max_source_positions)
+        and not any(given.values())
+        and getattr(config, "return_dict", True)
+        and not (config.output_attentions or config.output_hidden_states)
+        and config.activation_function == "gelu"
+        and not encoder.training
+        and are_plain(modules, _MODULES)
+        and not is_hooked(modules)
+        and not needs_grad(features, *encoder.parameters())
+        and all(matrix_of(module) is not None for module in modules if type(module) is FastLinear)
+    )
+
+
 def _hear(encoder, features):
     """The states [frames, width] of one audio's features [mels, 2 * frames]."""
     x = _stem(encoder, features)
@@ -40,14 +75,13 @@ def _hear(encoder, features):
 
 def _stem(encoder, features):
     """Both convolutions as products: a row is three neighbouring frames, which lie side by side."""
-    first, second = encoder.conv1, encoder.conv2
     mels, frames = features.shape
     padded = features.new_zeros(frames + 4, mels)
     padded[2:-2] = features.T
-    heard = multiply(_windows(padded, 1), _matrix_of_convolution(first), activation=ops.GELU)
+    heard = multiply(_windows(padded, 1), _matrix_of_convolution(encoder.conv1), activation=ops.GELU)
     heard[0] = heard[-1] = 0
     return multiply(
-        _windows(heard[:-1], 2), _matrix_of_convolution(second), activation=ops.GELU,
+        _windows(heard[:-1], 2), _matrix_of_convolution(encoder.conv2), activation=ops.GELU,
         residual=encoder.embed_positions.weight.detach(),
     )  # fmt: skip
 
@@ -58,15 +92,14 @@ def _windows(frames, step):
     return frames.as_strided(((count - 3) // step + 1, 3 * width), (step * width, 1))
 
 
+def by_windows(weight):
+    """[outputs, inputs, 3] of a convolution as a matrix [outputs, 3 * inputs] for windows."""
+    return weight.transpose(1, 2).flatten(1)
+
+
 def _matrix_of_convolution(conv):
-    """Of a convolution over three frames: [outputs, 3 * inputs] in the order of the windows."""
     packed = vars(conv)["packed"]
-    weight = packed.of(conv.weight)
-    return Matrix(weight, conv.bias.detach(), packed.format, len(conv.weight))
-
-
-class PackedConvolution(Packed):
-    def of(self, weight): ...
+    return Matrix(packed.of(conv.weight), conv.bias.detach(), packed.format, len(conv.weight))
 
 
 def _layer(layer, x):
@@ -76,7 +109,8 @@ def _layer(layer, x):
         multiply(x, matrix_of(project), norm).view(shape)
         for project in (attention.q_proj, attention.k_proj, attention.v_proj)
     )
-    mixed = ops.encoder_attention(query, key, value, NONE, attention.scaling)
+    precision = matrix_of(attention.q_proj).format  # the products of frames as those of matrices
+    mixed = ops.encoder_attention(query, key, value, NONE, _NO_LENGTHS, attention.scaling, precision)
     x = multiply(mixed.view(x.shape), matrix_of(attention.out_proj), residual=x)
     hidden = multiply(x, matrix_of(layer.fc1), layer.final_layer_norm, ops.GELU)
     return multiply(hidden, matrix_of(layer.fc2), residual=x)

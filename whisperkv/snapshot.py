@@ -22,6 +22,27 @@ def hooks_so_far():
     return RemovableHandle.next_id
 
 
+def are_plain(modules, kinds):
+    """Whether modules are of these kinds or activations, in eval mode, and run as their classes say."""
+    return all(
+        (type(module) in kinds or type(module).__module__ in _ACTIVATIONS)
+        and "forward" not in vars(module)
+        and module._compiled_call_impl is None
+        and not module.training
+        for module in modules
+    )
+
+
+def is_hooked(modules):
+    """By others than transformers, which leaves hooks behind that do nothing unless outputs are asked for."""
+    return _has_any_global_hook() or any(
+        getattr(hook, "__module__", "") != CAPTURING
+        for module in modules
+        for hooks in (module._forward_hooks, module._forward_pre_hooks)
+        for hook in hooks.values()
+    )
+
+
 class Snapshot:
     """A decoder as it is when a decode begins: which modules it has, and where their weights are."""
 
@@ -29,29 +50,22 @@ class Snapshot:
         modules = list(decoder.modules())[1:]
         held = [each for module in modules for each in (*module._parameters.values(), *module._buffers.values())]
         tensors = [tensor for tensor in held if tensor is not None]
-        self.is_plain = all(
-            (type(module) in _MODULES or type(module).__module__ in _ACTIVATIONS)
-            and "forward" not in vars(module)
-            and module._compiled_call_impl is None
-            and not module.training
-            for module in modules
-        ) and all(type(tensor) in (torch.Tensor, nn.Parameter) for tensor in tensors)
+        self.is_plain = are_plain(modules, _MODULES) and all(
+            type(tensor) in (torch.Tensor, nn.Parameter) for tensor in tensors
+        )
         self.facts = self.is_plain and (
             [id(module) for module in modules],
             [(tensor.data_ptr(), tensor.dtype) for tensor in tensors],
         )
         self.embeddings = decoder.embed_tokens.weight.data_ptr()
         self.heads = decoder.config.decoder_attention_heads
-        self._hooks = [hooks for module in modules for hooks in (module._forward_hooks, module._forward_pre_hooks)]
+        self._modules = modules
         self._attentions = [layer.self_attn for layer in decoder.layers]
         self._joined = None
 
     @property
     def is_hooked(self):
-        """By others than transformers, which leaves hooks behind that do nothing unless outputs are asked for."""
-        return _has_any_global_hook() or any(
-            getattr(hook, "__module__", "") != CAPTURING for hooks in self._hooks if hooks for hook in hooks.values()
-        )
+        return is_hooked(self._modules)
 
     def joined(self):
         """The JoinedProjections of all layers, as their weights are now."""

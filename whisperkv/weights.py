@@ -37,21 +37,26 @@ class FastLinear(nn.Linear):
 
 
 class Packed:
-    """A copy of a weight in another format, made when it is first read and again whenever the weight has changed."""
+    """A weight in another format, or laid out otherwise: made when it is first read, and again whenever the weight has
+    changed. `layout` makes a matrix [outputs, inputs] of it."""
 
-    def __init__(self, format):
-        self.format, self._of, self._panels, self._lock = format, None, None, threading.Lock()
+    def __init__(self, format, layout=None):
+        self.format, self.layout = format, layout
+        self._of, self._panels, self._lock = None, None, threading.Lock()
 
     def __reduce__(self):
-        return Packed, (self.format,)  # a copy of the model packs its own
+        return Packed, (self.format, self.layout)  # a copy of the model packs its own
 
     def of(self, weight):
-        if self.format == ops.AS_FLOAT32:
+        if self.format == ops.AS_FLOAT32 and self.layout is None:
             return weight.detach()
         found = (weight.data_ptr(), 0 if weight.is_inference() else weight._version, weight.shape)
         if self._of != found:
             with self._lock, torch.no_grad():
-                self._panels, self._of = ops.pack_matrix(weight.detach().contiguous(), self.format), found
+                matrix = weight.detach() if self.layout is None else self.layout(weight.detach())
+                if self.format != ops.AS_FLOAT32:
+                    matrix = ops.pack_matrix(matrix.contiguous(), self.format)
+                self._panels, self._of = matrix.contiguous(), found
         return self._panels
 
     @property

@@ -13,7 +13,7 @@ static const char *const dtype_names[] = {TORCH_DTYPES(TEXT) "another dtype"};
 static const char *const device_names[] = {TORCH_DEVICES(TEXT) "another device"};
 static const char *const size_names[SIZES] = {"rows",   "tokens", "heads", "slots",    "dim",    "cursors", "audios",
                                               "frames", "tiles",  "strip", "channels", "groups", "2",
-                                              "inputs", "outputs", "panels", "words", "other rows"};
+                                              "inputs", "outputs", "panels", "words", "other rows", "head", "audio heads"};
 
 bool fail(struct call *const call, const char *const format, ...) {
   va_list values;
@@ -208,6 +208,12 @@ bool is_within(struct call *const call, const char *const name, const int64_t nu
                       const int64_t most) {
   return (least <= number && number <= most) ||
          fail(call, "%s must be in %lld..%lld, got %lld", name, (long long)least, (long long)most, (long long)number);
+}
+
+bool is_group(struct call *const call, const int64_t group) {
+  const bool is_sound = group > 0 && group <= INT32_MAX && group % WKV_TILE == 0;
+  return (is_sound && (group % WKV_BLOCK == 0 || WKV_BLOCK % group == 0)) ||
+         fail(call, "group must be 16, 32, 64, 128 or a multiple of 256 frames, got %lld", (long long)group);
 }
 
 bool is_finite(struct call *const call, const char *const name, const double number) {

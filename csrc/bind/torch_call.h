@@ -9,11 +9,11 @@
 
 enum size {
   ROWS, TOKENS, HEADS, SLOTS, DIM, CURSORS, AUDIOS, FRAMES, TILES, STRIP, CHANNELS, GROUPS, PAIR, INPUTS, OUTPUTS,
-  PANELS, WORDS, OTHER_ROWS, SIZES
+  PANELS, WORDS, OTHER_ROWS, HEAD, AUDIO_HEADS, SIZES
 };
 
 enum { UNKNOWN = -1, CACHE = TORCH_DTYPE_COUNT };
-enum { MAX_DIM = 5, MAX_TENSORS = 8, MAX_RESULTS = 2, MAX_BORROWED = 3, ERROR_SIZE = 512 };
+enum { MAX_DIM = 5, MAX_LISTS = 3, MAX_RESULTS = 2, MAX_BORROWED = 3, ERROR_SIZE = 512 };
 
 struct argument {
   const char *name;
@@ -22,11 +22,12 @@ struct argument {
   enum size shape[MAX_DIM];
 };
 
-/* Its tensors, and what those accepted so far say about the others. */
+/* Its tensors, those in lists after the others, and what those accepted so far say about the rest. */
 struct call {
-  AtenTensorHandle tensors[MAX_TENSORS], results[MAX_RESULTS], borrowed[MAX_BORROWED];
-  void *data[MAX_TENSORS];
-  size_t bytes[MAX_TENSORS]; /* 0 of those that are not read */
+  AtenTensorHandle *tensors, results[MAX_RESULTS], borrowed[MAX_BORROWED];
+  void **data;
+  size_t *bytes; /* 0 of those that are not read */
+  int first[MAX_LISTS], count[MAX_LISTS]; /* of each list: which tensors are in it */
   int64_t sizes[SIZES];
   int cache_dtype, device_index; /* UNKNOWN, until a tensor says */
   CUDAGuardHandle guard; /* while a kernel is launched */
@@ -54,6 +55,9 @@ int dtype_of(const struct call *, int i);
 bool needs_no_grad(struct call *, const struct argument *, int count);
 bool is_within(struct call *, const char *name, int64_t number, int64_t least, int64_t most);
 bool is_finite(struct call *, const char *name, double number);
+
+/* Frames of a packed cache that share a step. */
+bool is_group(struct call *, int64_t group);
 
 /* A new contiguous tensor, the i-th result of the call. */
 bool new_result(struct call *, int i, int dim, const int64_t *sizes, int dtype, void **data);

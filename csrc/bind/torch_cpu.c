@@ -2,25 +2,24 @@
 #include <stdlib.h>
 #include <string.h>
 
-#include "torch_device.h"
+#include "torch_cpu.h"
 #include "torch_ops.h"
 
 const enum torch_device device_type = TORCH_DEVICE_cpu;
 const char *const device_key = "CPU";
 const int codes_alignment = 1;
 
-static const struct wkv_cpu_kernels *kernels;
+const struct wkv_cpu_kernels *cpu_kernels;
 
 const char *device_start(char *const error, const size_t error_size) {
-  kernels = wkv_cpu_select(getenv("WHISPERKV_ISA"), error, error_size);
-  return kernels ? kernels->isa : NULL;
+  cpu_kernels = wkv_cpu_select(getenv("WHISPERKV_ISA"), error, error_size);
+  return cpu_kernels ? cpu_kernels->isa : NULL;
 }
 
 enum { WORTH_A_THREAD = 1 << 17 }; /* numbers of the cache to read, below which waking a thread costs more */
 
-/* Which thread does an item does not change its bits. */
-static bool share_out(struct call *const call, const int64_t items, const double numbers_per_item,
-                      const torch_range_task task, void *const context) {
+bool share_out(struct call *const call, const int64_t items, const double numbers_per_item,
+               const torch_range_task task, void *const context) {
   const int64_t items_per_thread = 1 + (int64_t)(WORTH_A_THREAD / numbers_per_item);
   if (items <= items_per_thread) return task(0, items, context), true;
   return !shim.torch_parallel_for(0, items, items_per_thread, task, context) ||
@@ -30,7 +29,7 @@ static bool share_out(struct call *const call, const int64_t items, const double
 /* ---- self-attention ---- */
 
 static void attend(const int64_t begin, const int64_t end, void *const attention) {
-  kernels->compact_attention(attention, begin, end);
+  cpu_kernels->compact_attention(attention, begin, end);
 }
 
 bool device_attend(struct call *const call, const struct wkv_attention *const a) {
@@ -40,7 +39,7 @@ bool device_attend(struct call *const call, const struct wkv_attention *const a)
 }
 
 static void evict(const int64_t begin, const int64_t end, void *const eviction) {
-  kernels->score_evict(eviction, begin, end);
+  cpu_kernels->score_evict(eviction, begin, end);
 }
 
 bool device_evict(struct call *const call, const struct wkv_eviction *const e) {
@@ -52,12 +51,10 @@ bool device_evict(struct call *const call, const struct wkv_eviction *const e) {
 
 /* ---- cross-attention ---- */
 
-static void pack(const int64_t begin, const int64_t end, void *const packing) { kernels->pack(packing, begin, end); }
+static void pack(const int64_t begin, const int64_t end, void *const packing) { cpu_kernels->pack(packing, begin, end); }
 
-/* The owner of each row, then the length of each audio, both sound: copies, because another thread may write to the
- * tensors during the call. NULL with the error written to call. */
-static int32_t *copy_checked(struct call *const call, const int32_t *const owner, const int64_t rows,
-                             const int32_t *const lengths, const int64_t audios, const int64_t frames) {
+int32_t *copy_checked(struct call *const call, const int32_t *const owner, const int64_t rows,
+                      const int32_t *const lengths, const int64_t audios, const int64_t frames) {
   int32_t *const copy = malloc((size_t)(rows + audios) * sizeof *copy);
   if (!copy) return fail(call, "no memory for %lld owners and lengths", (long long)(rows + audios)), NULL;
   if (rows) memcpy(copy, owner, (size_t)rows * sizeof *copy);
@@ -86,46 +83,50 @@ struct sharing {
 static void attend_cross(const int64_t begin, const int64_t end, void *const context) {
   struct sharing *const sharing = context;
   void *const scratch = aligned_alloc(64, (size_t)wkv_round_up((int64_t)sharing->scratch, 64));
-  if (scratch) kernels->cross_attention(sharing->attention, scratch, begin, end);
+  if (scratch) cpu_kernels->cross_attention(sharing->attention, scratch, begin, end);
   else sharing->no_memory = true;
   free(scratch);
 }
 
 static void finish_cross(const int64_t begin, const int64_t end, void *const context) {
   const struct sharing *const sharing = context;
-  kernels->cross_finish(sharing->attention, begin, end);
+  cpu_kernels->cross_finish(sharing->attention, begin, end);
 }
 
-static bool attend_planned(struct call *const call, struct wkv_cross_attention *const a) {
-  const int64_t channels = padded_channels(a->head_dim);
+bool plan_cross(struct call *const call, struct wkv_cross_attention *const a) {
   const int64_t queries = a->rows * a->tokens;
-  if (queries == 0) return true;
-  struct sharing sharing = {a, wkv_cross_scratch(a), false};
+  a->sums = a->totals = NULL;
   a->part = malloc((size_t)queries * sizeof *a->part);
   if (a->part) wkv_cross_plan(a);
-  const int64_t lines = a->splits * queries * a->heads;
-  a->sums = aligned_alloc(64, (size_t)(lines * channels) * sizeof *a->sums); /* channels are whole lines of memory */
-  a->totals = malloc((size_t)lines * 2 * sizeof *a->totals);
-  bool done = (a->part && a->sums && a->totals) ||
-              fail(call, "no memory for the sums of %lld queries", (long long)queries);
-  if (done) {
-    const double numbers = 2.0 * queries * a->heads * a->frames * a->head_dim;
-    const int64_t items = a->parts * a->heads * a->splits;
-    done = share_out(call, items, numbers / (double)items, attend_cross, &sharing) &&
-           share_out(call, queries * a->heads, (double)(a->splits * channels), finish_cross, &sharing);
-  }
-  if (done && sharing.no_memory) done = fail(call, "no memory for a thread's scratch");
+  const int64_t lines = a->splits * queries * a->heads, channels = padded_channels(a->head_dim);
+  if (a->part) a->sums = aligned_alloc(64, (size_t)(lines * channels) * sizeof *a->sums); /* channels: whole lines */
+  if (a->part) a->totals = malloc((size_t)lines * 2 * sizeof *a->totals);
+  return (a->sums && a->totals) || fail(call, "no memory for the sums of %lld queries", (long long)queries);
+}
+
+bool run_cross(struct call *const call, struct wkv_cross_attention *const a) {
+  struct sharing sharing = {a, wkv_cross_scratch(a), false};
+  const int64_t queries = a->rows * a->tokens, items = a->parts * a->heads * a->splits;
+  const double numbers = 2.0 * queries * a->heads * a->frames * a->head_dim;
+  return share_out(call, items, numbers / (double)items, attend_cross, &sharing) &&
+         share_out(call, queries * a->heads, (double)(a->splits * padded_channels(a->head_dim)), finish_cross,
+                   &sharing) &&
+         (!sharing.no_memory || fail(call, "no memory for a thread's scratch"));
+}
+
+void end_cross(struct wkv_cross_attention *const a) {
   free(a->part);
   free(a->sums);
   free(a->totals);
-  return done;
 }
 
 bool device_attend_cross(struct call *const call, struct wkv_cross_attention *const a) {
   int32_t *const owner = copy_checked(call, a->owner, a->rows, a->lengths, a->audios, a->frames);
   a->owner = owner;
   a->lengths = owner ? owner + a->rows : NULL;
-  const bool done = owner && attend_planned(call, a);
+  const bool is_empty = a->rows == 0;
+  const bool done = owner && (is_empty || (plan_cross(call, a) && run_cross(call, a)));
+  if (owner && !is_empty) end_cross(a);
   free(owner);
   return done;
 }
@@ -133,7 +134,7 @@ bool device_attend_cross(struct call *const call, struct wkv_cross_attention *co
 /* ---- matrices ---- */
 
 static void pack_matrix(const int64_t begin, const int64_t end, void *const packing) {
-  kernels->pack_matrix(packing, begin, end);
+  cpu_kernels->pack_matrix(packing, begin, end);
 }
 
 bool device_pack_matrix(struct call *const call, const struct wkv_matrix_packing *const p) {
@@ -141,15 +142,34 @@ bool device_pack_matrix(struct call *const call, const struct wkv_matrix_packing
 }
 
 static void make_ready(const int64_t begin, const int64_t end, void *const rows) {
-  kernels->make_ready(rows, begin, end);
+  cpu_kernels->make_ready(rows, begin, end);
 }
 
-static void multiply(const int64_t begin, const int64_t end, void *const linear) {
-  kernels->linear(linear, begin, end);
+struct products {
+  const struct wkv_linear *linears;
+  int count;
+};
+
+static void multiply(int64_t begin, int64_t end, void *const context) {
+  const struct products *const products = context;
+  for (int i = 0; i < products->count; i++) {
+    const int64_t items = wkv_linear_items(&products->linears[i]);
+    const int64_t first = begin > 0 ? begin : 0, last = end < items ? end : items;
+    if (first < last) cpu_kernels->linear(&products->linears[i], first, last);
+    begin -= items, end -= items;
+  }
 }
 
 enum { WORK_PER_NUMBER = 2 }; /* products that take as long as reading a number of the cache */
-enum { FEW_ROWS = 96 }; /* with more, a matrix in the model's own order is packed first */
+enum { FEW_ROWS = 96 };       /* with more, a matrix in the model's own order is packed first */
+
+bool multiply_all(struct call *const call, const struct wkv_linear *const linears, const int count) {
+  struct products products = {linears, count};
+  const int64_t rows = linears->rows < WKV_SWATH ? linears->rows : WKV_SWATH;
+  int64_t items = 0;
+  for (int i = 0; i < count; i++) items += wkv_linear_items(&linears[i]);
+  return share_out(call, items, 1.0 * rows * WKV_PANEL * linears->inputs / WORK_PER_NUMBER, multiply, &products);
+}
 
 bool device_linear(struct call *const call, const struct wkv_rows *const rows, const struct wkv_linear *const linear) {
   struct wkv_rows r = *rows;
@@ -174,9 +194,8 @@ bool device_linear(struct call *const call, const struct wkv_rows *const rows, c
     l.weight = packing.panels;
     l.is_packed = true;
   }
-  const double work = 1.0 * (l.rows < WKV_SWATH ? l.rows : WKV_SWATH) * WKV_PANEL * (double)l.inputs;
   return (is_ready || share_out(call, r.rows, 4.0 * r.inputs, make_ready, &r)) &&
-         share_out(call, wkv_linear_items(&l), work / WORK_PER_NUMBER, multiply, &l);
+         multiply_all(call, &l, 1);
 }
 
 /* ---- the encoder ---- */
@@ -188,14 +207,14 @@ struct encoding {
 
 static void pack_heads(const int64_t begin, const int64_t end, void *const context) {
   const struct encoding *const encoding = context;
-  kernels->encoder_pack(encoding->attention, begin, end);
+  cpu_kernels->encoder_pack(encoding->attention, begin, end);
 }
 
 static void attend_frames(const int64_t begin, const int64_t end, void *const context) {
   struct encoding *const encoding = context;
   const size_t bytes = (size_t)wkv_encoder_scratch(encoding->attention) * sizeof(float);
   void *const scratch = aligned_alloc(64, bytes);
-  if (scratch) kernels->encoder_attention(encoding->attention, scratch, begin, end);
+  if (scratch) cpu_kernels->encoder_attention(encoding->attention, scratch, begin, end);
   else encoding->no_memory = true;
   free(scratch);
 }

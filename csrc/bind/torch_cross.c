@@ -2,12 +2,6 @@
 #include "torch_device.h"
 #include "torch_ops.h"
 
-static bool is_group(struct call *const call, const int64_t group) {
-  const bool is_sound = group > 0 && group <= INT32_MAX && group % WKV_TILE == 0;
-  return (is_sound && (group % WKV_BLOCK == 0 || WKV_BLOCK % group == 0)) ||
-         fail(call, "group must be 16, 32, 64, 128 or a multiple of 256 frames, got %lld", (long long)group);
-}
-
 /* ---- pack_frames ---- */
 
 enum { STATES, PACKED_LENGTHS, PACKING_TENSORS };
@@ -136,10 +130,10 @@ static bool cross_attention(struct call *const call, const StableIValue *const n
 
 const struct torch_op pack_frames_op = {
     "pack_frames", "pack_frames(Tensor states, Tensor lengths, int bits, SymInt group) -> (Tensor, Tensor)",
-    pack_frames, PACKING_TENSORS, 2};
+    pack_frames, PACKING_TENSORS, 2, 0};
 
 const struct torch_op cross_attention_op = {
     "cross_attention",
     "cross_attention(Tensor query, Tensor keys, Tensor values, Tensor key_scales, Tensor value_scales, Tensor owner, "
     "Tensor lengths, SymInt frames, SymInt group, float scale, bool want_weights) -> (Tensor, Tensor)",
-    cross_attention, CROSS_TENSORS, 2};
+    cross_attention, CROSS_TENSORS, 2, 0};

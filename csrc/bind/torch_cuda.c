@@ -1,5 +1,6 @@
 /* The ops on CUDA: on the device of their tensors, and the stream that torch is using there. */
 #include "torch_device.h"
+#include "torch_step.h"
 
 const int codes_alignment = 16; /* they are copied in pieces of that size */
 
@@ -85,4 +86,9 @@ bool device_linear(struct call *const call, const struct wkv_rows *const r, cons
 bool device_attend_frames(struct call *const call, struct wkv_encoder_attention *const a) {
   (void)a;
   return fail(call, "runs on the CPU alone: leave the encoder to torch on %s", device_key);
+}
+
+bool device_step(struct call *const call, const struct step *const s) {
+  (void)s;
+  return fail(call, "there is no such kernel for CUDA: capture a graph of the layers");
 }

@@ -65,4 +65,4 @@ const struct torch_op encoder_attention_op = {
     "encoder_attention",
     "encoder_attention(Tensor query, Tensor key, Tensor value, Tensor bias, Tensor lengths, float scale, int precision) "
     "-> Tensor",
-    encoder_attention, TENSORS, 1};
+    encoder_attention, TENSORS, 1, 0};

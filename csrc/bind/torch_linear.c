@@ -105,10 +105,10 @@ static bool linear(struct call *const call, const StableIValue *const numbers) {
 }
 
 const struct torch_op pack_matrix_op = {
-    "pack_matrix", "pack_matrix(Tensor weight, int format) -> Tensor", pack_matrix, 1, 1};
+    "pack_matrix", "pack_matrix(Tensor weight, int format) -> Tensor", pack_matrix, 1, 1, 0};
 
 const struct torch_op linear_op = {
     "linear",
     "linear(Tensor x, Tensor norm_weight, Tensor norm_bias, Tensor weight, Tensor bias, Tensor residual, int format, "
     "SymInt outputs, float epsilon, int activation) -> Tensor",
-    linear, LINEAR_TENSORS, 1};
+    linear, LINEAR_TENSORS, 1, 0};

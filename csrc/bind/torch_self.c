@@ -104,10 +104,10 @@ const struct torch_op compact_attention_op = {
     "compact_attention",
     "compact_attention(Tensor query, Tensor key, Tensor value, Tensor(a!) keys, Tensor(b!) values, Tensor cursor, "
     "Tensor sources, float scale, bool want_weights) -> (Tensor, Tensor)",
-    compact_attention, ATTENTION_TENSORS, 2};
+    compact_attention, ATTENTION_TENSORS, 2, 0};
 
 const struct torch_op score_evict_op = {
     "score_evict",
     "score_evict(Tensor weights, Tensor keys, Tensor(a!) cursor, Tensor(b!) positions, Tensor(c!) scores, int policy, "
     "SymInt budget, SymInt recent, float decay) -> ()",
-    score_evict, EVICTION_TENSORS, 0};
+    score_evict, EVICTION_TENSORS, 0, 0};

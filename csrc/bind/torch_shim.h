@@ -14,6 +14,7 @@ class TorchLibraryOpaque; /* a class in torch's headers */
 typedef struct AtenTensorOpaque *AtenTensorHandle;
 typedef struct TorchLibraryOpaque *TorchLibraryHandle;
 typedef struct CUDAGuardOpaque *CUDAGuardHandle;
+typedef struct StableListOpaque *StableListHandle;
 typedef uint64_t StableIValue; /* one argument or result of an op: a tensor handle, or the bytes of a number */
 typedef int32_t AOTITorchError;
 typedef void (*torch_boxed_op)(StableIValue *stack, uint64_t inputs, uint64_t outputs);
@@ -46,6 +47,9 @@ typedef void (*torch_range_task)(int64_t begin, int64_t end, void *context);
   F(AOTITorchError, aoti_torch_delete_library_object, (TorchLibraryHandle)) \
   F(AOTITorchError, torch_library_impl, (TorchLibraryHandle, const char *, torch_boxed_op, uint64_t)) \
   F(AOTITorchError, torch_call_dispatcher, (const char *, const char *, StableIValue *, uint64_t)) \
+  F(AOTITorchError, torch_list_size, (StableListHandle, size_t *)) \
+  F(AOTITorchError, torch_list_get_item, (StableListHandle, size_t, StableIValue *)) \
+  F(AOTITorchError, torch_delete_list, (StableListHandle)) \
   F(AOTITorchError, torch_parallel_for, (int64_t, int64_t, int64_t, torch_range_task, void *)) \
   F(void, aoti_torch_check, (bool, const char *, const char *, uint32_t, const char *))
 

@@ -1,0 +1,24 @@
+/* What the ops on the CPU have together. */
+#ifndef WHISPERKV_TORCH_CPU_H
+#define WHISPERKV_TORCH_CPU_H
+#include "torch_device.h"
+
+extern const struct wkv_cpu_kernels *cpu_kernels;
+
+/* Which thread does an item does not change its bits. */
+bool share_out(struct call *, int64_t items, double numbers_per_item, torch_range_task, void *context);
+
+/* Several products of the same rows, as one. */
+bool multiply_all(struct call *, const struct wkv_linear *, int count);
+
+/* The owner of each row, then the length of each audio, both sound: copies, because another thread may write to the
+ * tensors during the call. NULL with the error written to call. */
+int32_t *copy_checked(struct call *, const int32_t *owner, int64_t rows, const int32_t *lengths, int64_t audios,
+                      int64_t frames);
+
+/* Takes the memory that a planned call needs, until it is let go; owner and lengths are sound. */
+bool plan_cross(struct call *, struct wkv_cross_attention *);
+bool run_cross(struct call *, struct wkv_cross_attention *);
+void end_cross(struct wkv_cross_attention *);
+
+#endif
