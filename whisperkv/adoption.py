@@ -1,5 +1,7 @@
 """What the decoder carries: at the first pass of a decode its cache is given our layers, or left to transformers."""
 
+from dataclasses import replace
+
 import torch
 from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache
 
@@ -18,16 +20,19 @@ _ARGUMENTS = ("input_ids", "attention_mask", "encoder_hidden_states", "past_key_
 class CacheAdoption:
     """A forward pre-hook of the decoder: a fresh cache is given our layers before anything enters it."""
 
-    def __init__(self, eviction, cross, listener, graphs):
+    def __init__(self, eviction, cross, listener, graphs, steps=()):
         self.eviction, self.cross = eviction, cross
         self.listener = listener  # of the encoder, if frames are to be trimmed
         self.graphs = graphs  # of the steps to come, if they are wanted
+        self.steps = steps  # what can take a plain step as a whole, in order
         self.record = None  # of the cache that was last passed through the decoder
         self.decodes = 0
-        self.note = ""
+        self.note = self.weights_note = ""
 
-    def stats(self):
-        return self.record.stats(self.decodes, self.note) if self.record else Stats(note=self.note)
+    def stats(self, weight_bytes=0):
+        note = "; ".join(note for note in (self.note, self.weights_note) if note)
+        stats = self.record.stats(self.decodes, note) if self.record else Stats(note=note)
+        return replace(stats, weight_bytes=weight_bytes)
 
     def __call__(self, decoder, args, kwargs):
         given = {**dict(zip(_ARGUMENTS, args)), **kwargs}

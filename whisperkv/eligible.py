@@ -5,8 +5,10 @@ from torch import nn
 
 from . import ops
 from .attention import CrossAttention, SelfAttention
+from .weights import FastLinear
 
 ATTENTIONS = {"self_attn": SelfAttention, "encoder_attn": CrossAttention}
+LINEARS = (nn.Linear, FastLinear)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -48,14 +50,6 @@ def _hides_ours(module):
     return own is not None and getattr(own, "__func__", None) is not type(module).forward
 
 
-def become(module, kind):
-    """Let a module be of another class, and what accelerate's hooks have noted of its forward follow."""
-    old, module.__class__ = type(module), kind
-    for name in ("forward", "_old_forward"):
-        if getattr(vars(module).get(name), "__func__", None) is old.forward:
-            setattr(module, name, kind.forward.__get__(module))
-
-
 def _hook_device(module):
     """Where accelerate lets a module run; None if it leaves it alone."""
     device = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
@@ -89,7 +83,7 @@ def _latent_weights(decoder):
         getattr(layer.encoder_attn, name).weight
         for layer in decoder.layers
         for name in ("k_proj", "v_proj")
-        if type(getattr(layer.encoder_attn, name)) is nn.Linear
+        if type(getattr(layer.encoder_attn, name)) in LINEARS
     ]
 
 
@@ -102,10 +96,10 @@ def check_projections(decoder, cross):
         for name in ("k_proj", "v_proj"):
             module = getattr(layer.encoder_attn, name)
             weight = getattr(module, "weight", None)
-            is_plain = type(module) is nn.Linear and type(weight) in (torch.Tensor, nn.Parameter)
+            is_plain = type(module) in LINEARS and type(weight) in (torch.Tensor, nn.Parameter)
             if is_plain and weight.dtype == dtype:
                 continue
-            is_linear = type(module) is nn.Linear
+            is_linear = type(module) in LINEARS
             kind = type(weight) if is_linear else type(module)
             what = f"has a {_name(weight.dtype)} weight of" if is_linear else "is a"
             raise ValueError(

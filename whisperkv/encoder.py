@@ -8,8 +8,7 @@ from transformers.modeling_outputs import BaseModelOutput
 from transformers.models.whisper.modeling_whisper import WhisperAttention, WhisperEncoder, WhisperEncoderLayer
 
 from . import ops
-from .compat import record_outputs_as
-from .eligible import become
+from .compat import become, record_outputs_as
 from .snapshot import are_plain, is_hooked
 from .weights import FORMATS, NONE, FastLinear, Matrix, Packed, is_ours_to_multiply, matrix_of, multiply, needs_grad
 

@@ -7,31 +7,21 @@ before each replay. So one graph serves the steps of all chunks and calls of one
 one token runs as ever.
 """
 
-import functools
 import threading
 import warnings
 from collections import OrderedDict
 from typing import NamedTuple
 
 import torch
-from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
-from transformers.models.whisper.modeling_whisper import WhisperDecoder
 
-from .cache import SelfCacheLayer
-from .compat import record_outputs_as
-from .cross_cache import CrossCacheLayer, CrossHome, CrossLayout
+from .cross_cache import CrossHome, CrossLayout
 from .graph_memory import Pool, SelfHome, SelfLayout
+from .plain import are_filled, is_ordinary, is_plain_step, layers_of
 from .slots import advance
 from .snapshot import Snapshot, hooks_so_far
 
 MOST = 64  # graphs kept, the last ones used
 ATTEMPTS = 3  # at a capture that memory is too short for; after so many there are no more
-
-# What a decoder's forward may be given; all else runs without graphs.
-_ARGUMENTS = {
-    "input_ids", "attention_mask", "encoder_hidden_states", "past_key_values", "position_ids", "use_cache",
-    "return_dict",
-}  # fmt: skip
 
 
 class CudaGraph:
@@ -77,23 +67,6 @@ class CudaGraph:
 GRAPHS = {"cuda": CudaGraph}  # by type of device
 
 
-class GraphDecoder(WhisperDecoder):
-    """A WhisperDecoder that patch() has turned into ours by its class alone."""
-
-    @functools.wraps(WhisperDecoder.forward)  # generate() reads the signature
-    def forward(self, *args, **kwargs):
-        output = None
-        if not args and not torch.compiler.is_compiling():
-            hooks = self._forward_pre_hooks.values()
-            graphs = next((hook.graphs for hook in hooks if isinstance(getattr(hook, "graphs", None), Graphs)), None)
-            if graphs is not None:
-                output = graphs.step(self, kwargs, super().forward)
-        return super().forward(*args, **kwargs) if output is None else output
-
-
-record_outputs_as(GraphDecoder, WhisperDecoder)
-
-
 class Graphs:
     """The captured steps of one patched model."""
 
@@ -127,11 +100,12 @@ class Graphs:
     # At each pass
 
     def step(self, decoder, given, forward):
-        """What the decoder makes of one new token a row; None if that is not for a graph."""
-        if self._failed or not _is_plain_step(decoder, given):
+        """The last hidden states [rows, 1, width] of one new token a row; None if that is not for a graph."""
+        ids = given.get("input_ids")
+        if self._failed or ids is None or ids.device.type not in GRAPHS or not is_plain_step(decoder, given):
             return None
-        ids, states, past = (given.get(name) for name in ("input_ids", "encoder_hidden_states", "past_key_values"))
-        layers, audio_layers = _layers(decoder, past, states is not None)
+        states, past = given.get("encoder_hidden_states"), given.get("past_key_values")
+        layers, audio_layers = layers_of(decoder, past, states is not None)
         stream = GRAPHS[ids.device.type].stream(ids.device)
         if layers is None or stream is None:
             return None
@@ -155,7 +129,7 @@ class Graphs:
         layers[0].count(1)
         for layer in layers[1:]:
             layer.seen, layer.live = layers[0].seen, layers[0].live
-        return BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=home.hidden.clone(), past_key_values=past)
+        return home.hidden.clone()
 
     # How it works
 
@@ -315,56 +289,11 @@ class Replay(NamedTuple):
 
 def _is_ordinary(device):
     """Whether nothing is on that a replay would not see."""
-    return (
-        device.type in GRAPHS
-        and not torch.compiler.is_compiling()
-        and not torch.jit.is_tracing()
-        and not torch.is_autocast_enabled(device.type)
-    )
-
-
-def _is_plain_step(decoder, given):
-    """One new token a row, no gradients, nothing but the last hidden state wanted."""
-    config, ids, places = decoder.config, given.get("input_ids"), given.get("position_ids")
-    use_cache, as_dict = given.get("use_cache"), given.get("return_dict", getattr(config, "return_dict", True))
-    return (
-        ids is not None
-        and _is_ordinary(ids.device)
-        and ids.dim() == 2
-        and ids.shape[1] == 1
-        and (places is None or places.shape in (ids.shape, (1, 1)))
-        and not (torch.is_grad_enabled() or decoder.training)
-        and (config.use_cache if use_cache is None else use_cache)
-        and as_dict is not False
-        and not (config.output_attentions or config.output_hidden_states)
-        and all(value is None or value is False for name, value in given.items() if name not in _ARGUMENTS)
-        and ids.device == decoder.embed_tokens.weight.device
-    )
-
-
-def _layers(decoder, past, hears):
-    """The layers of the self- and the cross-attention cache if they are ours, else None."""
-    count = len(decoder.layers)
-    layers = getattr(getattr(past, "self_attention_cache", past), "layers", ())
-    audio_layers = getattr(getattr(past, "cross_attention_cache", None), "layers", ()) if hears else ()
-    kinds = [SelfCacheLayer] * count + [CrossCacheLayer] * (count if hears else 0)
-    return (layers, audio_layers) if [*map(type, layers), *map(type, audio_layers)] == kinds else (None, None)
+    return device.type in GRAPHS and is_ordinary(device)
 
 
 def _are_ours(decoder, layers, audio_layers, rows):
-    """Whether all layers are filled, and of so many rows."""
-    first = layers[0]
-    return (
-        0 < first.seen < decoder.max_target_positions
-        and first.batch_size == rows
-        and first.device == decoder.embed_tokens.weight.device
-        and not first.is_ranked
-        and all(layer.seen == first.seen for layer in layers)
-        and all(
-            layer.is_home and layer.audios is audio_layers[0].audios and layer.owner.shape[0] == rows
-            for layer in audio_layers
-        )
-    )
+    return are_filled(decoder, layers, audio_layers, rows) and all(layer.is_home for layer in audio_layers)
 
 
 def _are_home(layers, audio_layers):

@@ -64,6 +64,7 @@ def _refuse_transform(*args):
 _library = torch.library.Library("whisperkv", "IMPL")
 for _name in (
     "compact_attention", "score_evict", "pack_frames", "cross_attention", "encoder_attention", "pack_matrix", "linear",
+    "decoder_step",
 ):  # fmt: skip
     _library.impl(_name, torch.library.fallthrough_kernel, "Autograd")
     _library.impl(_name, _refuse_transform, "FuncTorchDynamicLayerFrontMode")
@@ -74,6 +75,7 @@ pack_frames = torch.ops.whisperkv.pack_frames.default
 cross_attention = torch.ops.whisperkv.cross_attention.default
 pack_matrix = torch.ops.whisperkv.pack_matrix.default
 linear = torch.ops.whisperkv.linear.default
+decoder_step = torch.ops.whisperkv.decoder_step.default
 encoder_attention = torch.ops.whisperkv.encoder_attention.default
 
 TILE, CHANNELS, MOST_CHANNELS = 16, 32, 132_096  # of a packed cache, as in whisperkv.h
@@ -229,3 +231,8 @@ def _(query, key, value, bias, lengths, scale, precision):
     given = {name: tensor for name, tensor in given.items() if name in ("query", "key", "value") or tensor.numel()}
     _sizes(encoder_attention, {name: _ENCODER[name] for name in given}, *given.values())
     return query.new_empty(query.shape)
+
+
+@torch.library.register_fake(decoder_step)
+def _(x, *args):
+    return x.new_empty(x.shape)

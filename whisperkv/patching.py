@@ -8,12 +8,17 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 from transformers import WhisperForCausalLM, WhisperForConditionalGeneration, WhisperModel
 from transformers.models.whisper.modeling_whisper import WhisperAttention, WhisperDecoder, WhisperEncoder
 
+from . import encoder as encoders
+from . import weights as matrices
 from .adoption import CacheAdoption
 from .config import CrossConfig, EvictionConfig
-from .eligible import ATTENTIONS, become, check_device, check_projections
-from .graphs import GraphDecoder, Graphs
+from .compat import become
+from .decoder import FastDecoder
+from .eligible import ATTENTIONS, check_device, check_projections
+from .graphs import Graphs
 from .listener import EncoderListener
 from .records import Stats
+from .steps import Steps
 
 Model = TypeVar("Model")  # what is given comes back
 
@@ -21,7 +26,11 @@ _MODELS = (WhisperForConditionalGeneration, WhisperModel, WhisperForCausalLM)
 
 
 def patch(
-    model: Model, eviction: EvictionConfig | None = None, cross: CrossConfig | None = None, graphs: bool = True
+    model: Model,
+    eviction: EvictionConfig | None = None,
+    cross: CrossConfig | None = None,
+    weights: str = "model",
+    graphs: bool = True,
 ) -> Model:
     """Make a Whisper decode through whisperkv, and return it.
 
@@ -29,6 +38,8 @@ def patch(
               torch.compile or (Distributed)DataParallel wrapper around one
     eviction  which tokens the self-attention cache keeps; None keeps all, and the tokens come out as before
     cross     how the cross-attention cache holds an audio; None is CrossConfig(), which is lossless too
+    weights   on the CPU, how the matrices of encoder, decoder and output head are read: "model" as they are, and the
+              tokens come out as before; "bfloat16" or "int8" from packed copies in that format, faster still
     graphs    on CUDA, capture a decode step of each shape once and replay it. What cannot be captured (hooks, adapters,
               attentions asked for, a policy that is a function) runs as it does with False. The memory of the last
               caches is kept for the next ones until unpatch().
@@ -47,6 +58,7 @@ def patch(
     if not isinstance(graphs, bool):
         raise ValueError(f"graphs must be True or False; got {graphs!r}")
     cross = cross or CrossConfig()
+    matrices.check(whisper, weights)
     for index, layer in enumerate(decoder.layers):
         for name, ours in ATTENTIONS.items():
             kind = type(getattr(layer, name))
@@ -70,10 +82,16 @@ def patch(
     if cross.trim != "off":
         listener = EncoderListener(cross.trim)
         encoder.register_forward_hook(listener, with_kwargs=True)
-    if graphs and type(decoder) is WhisperDecoder:
-        become(decoder, GraphDecoder)
-    graphs = Graphs() if type(decoder) is GraphDecoder else None
-    decoder.register_forward_pre_hook(CacheAdoption(eviction, cross, listener, graphs), with_kwargs=True)
+    others = matrices.install(whisper, weights)
+    if type(encoder) is WhisperEncoder:
+        encoders.install(encoder, weights)
+    if type(decoder) is WhisperDecoder:
+        become(decoder, FastDecoder)
+    graphs = Graphs() if graphs else None
+    steps = [graphs, Steps()] if graphs else [Steps()]
+    adoption = CacheAdoption(eviction, cross, listener, graphs, steps)
+    adoption.weights_note = matrices.note_of(others, weights)
+    decoder.register_forward_pre_hook(adoption, with_kwargs=True)
     return model
 
 
@@ -90,7 +108,7 @@ def stats(model: object) -> Stats:
     adoption = _adoption(_decoder(_whisper(model)))
     if adoption is None:
         raise ValueError("the model is not patched: call whisperkv.patch(model) first")
-    return adoption.stats()
+    return adoption.stats(matrices.bytes_of(_whisper(model)))
 
 
 # Finding our way about a model
@@ -135,7 +153,8 @@ def _adoption(decoder):
 
 def _restore(whisper):
     decoder, encoder = _decoder(whisper), _encoder(whisper)
-    if type(decoder) is GraphDecoder:
+    matrices.uninstall(whisper)
+    if type(decoder) is FastDecoder:
         become(decoder, WhisperDecoder)
     for layer in decoder.layers:
         for name, ours in ATTENTIONS.items():
@@ -143,6 +162,7 @@ def _restore(whisper):
                 become(getattr(layer, name), WhisperAttention)
     _remove_hooks(decoder._forward_pre_hooks, decoder._forward_pre_hooks_with_kwargs, CacheAdoption)
     if encoder is not None:
+        encoders.uninstall(encoder)
         _remove_hooks(encoder._forward_hooks, encoder._forward_hooks_with_kwargs, EncoderListener)
 
 

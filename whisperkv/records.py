@@ -19,6 +19,7 @@ class Stats:
     self_bytes_transformers: int = 0
     cross_bytes: int = 0
     cross_bytes_transformers: int = 0
+    weight_bytes: int = 0  # of packed copies of matrices, beside the model's own
     decodes: int = 0  # caches filled since patch(): one for each chunk of long audio and each attempt at it
     note: str = ""  # why the last decode was left to transformers, if it was
 
@@ -31,6 +32,8 @@ class Stats:
         ):
             ratio = f" ({ours / theirs:.2f}x)" if theirs else ""
             lines.append(f"{name:<16} {ours / 1e6:10.2f} MB   transformers {theirs / 1e6:10.2f} MB{ratio}")
+        if self.weight_bytes:
+            lines.append(f"{'packed weights':<16} {self.weight_bytes / 1e6:10.2f} MB")
         return "\n".join(lines + ([self.note] if self.note else []))
 
 

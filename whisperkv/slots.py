@@ -62,3 +62,4 @@ class Shared:
     tables: Tables = field(default_factory=Tables)
     spare: SpareBuffer = field(default_factory=SpareBuffer)
     views: Onlookers = field(default_factory=Onlookers)
+    reading: object = None  # what steps on the CPU read, once there was one

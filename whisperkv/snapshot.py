@@ -8,10 +8,11 @@ from transformers.models.whisper.modeling_whisper import WhisperDecoderLayer, Wh
 
 from .attention import CrossAttention, SelfAttention
 from .compat import CAPTURING
+from .weights import FastLinear
 
 # What a decoder may be made of; all else runs without graphs.
 _MODULES = (
-    nn.ModuleList, nn.Linear, nn.LayerNorm, nn.Embedding, WhisperPositionalEmbedding, WhisperDecoderLayer,
+    nn.ModuleList, nn.Linear, FastLinear, nn.LayerNorm, nn.Embedding, WhisperPositionalEmbedding, WhisperDecoderLayer,
     SelfAttention, CrossAttention,
 )  # fmt: skip
 _ACTIVATIONS = ("torch.nn.modules.activation", "transformers.activations")

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from . import ops
-from .eligible import become
+from .compat import become
 
 FORMATS = {"model": ops.AS_FLOAT32, "bfloat16": ops.AS_BFLOAT16, "int8": ops.AS_INT8}
 NONE = torch.empty(0)  # what an op is given for what there is none of
@@ -64,6 +64,28 @@ class Packed:
         return 0 if self._panels is None else self._panels.nbytes
 
 
+def check(model, format):
+    """What patch() refuses."""
+    if format not in FORMATS:
+        raise ValueError(f"weights must be one of {', '.join(map(repr, FORMATS))}; got {format!r}")
+    if format == "model":
+        return
+    reasons = [why_not(module) for module in model.modules() if isinstance(module, nn.Linear)]
+    if all(reasons):
+        raise ValueError(
+            f"weights={format!r} is for float32 models on the CPU, and no matrix of this one can be read so (the first "
+            f"is {reasons[0]}): model.float() and model.to('cpu'), or weights='model'"
+        )
+
+
+def note_of(others, format):
+    """What stats() says of the linear layers that stay as they are."""
+    if not others or format == "model":
+        return ""
+    name, reason = next(iter(others.items()))
+    return f"weights={format!r}: {len(others)} linear layers stay as they are ({name}: {reason})"
+
+
 def install(model, format):
     """Let all linear layers that can be ours be so; why the others cannot, by name."""
     others = {}
@@ -82,7 +104,8 @@ def uninstall(model):
     for module in model.modules():
         if type(module) is FastLinear:
             become(module, nn.Linear)
-            vars(module).pop("packed", None)
+            for name in ("packed", "by_head"):
+                vars(module).pop(name, None)
 
 
 def why_not(linear):
@@ -136,4 +159,5 @@ def multiply(x, matrix, norm=None, activation=ops.NO_ACTIVATION, residual=NONE):
 
 def bytes_of(model):
     """What packed copies take beside the model's own weights."""
-    return sum(module.packed.nbytes for module in model.modules() if type(module) is FastLinear)
+    packed = [vars(module).get(name) for module in model.modules() for name in ("packed", "by_head")]
+    return sum(each.nbytes for each in packed if each is not None)

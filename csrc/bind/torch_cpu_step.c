@@ -78,10 +78,6 @@ static bool add_product(struct call *const call, const struct step *const s, con
 
 /* ---- self-attention ---- */
 
-static void attend(const int64_t begin, const int64_t end, void *const attention) {
-  cpu_kernels->compact_attention(attention, begin, end);
-}
-
 static bool attend_self(struct call *const call, const struct step *const s, const struct room *const room,
                         const struct step_layer *const layer, float *const x) {
   struct wkv_rows rows = rows_of(s, room, x, s->width, s->width, 0);

@@ -54,6 +54,7 @@ static void run(const struct torch_op *const op, StableIValue *const stack) {
     call.data = (void **)(call.tensors + count);
     call.bytes = (size_t *)(call.data + count);
   }
+  for (int i = 0; i < count; i++) call.data[i] = NULL, call.bytes[i] = 0;
   const bool done = take_tensors(op, stack, sizes, &call) && op->run(&call, stack + op->tensors + op->lists);
   for (int i = 0; i < count; i++)
     if (call.tensors[i]) shim.aoti_torch_delete_tensor_object(call.tensors[i]);

@@ -1,0 +1,157 @@
+"""A decode step on the CPU in one call: all layers, and no Python between them.
+
+What a step reads is gathered when a decode takes its first one. Whatever is not a plain step of one token runs layer by
+layer as ever, with the same result.
+"""
+
+import functools
+import math
+
+import torch
+
+from . import ops
+from .plain import are_filled, is_plain_step, layers_of
+from .snapshot import Snapshot, hooks_so_far
+from .weights import FORMATS, NONE, FastLinear, Packed, is_ours_to_multiply, matrix_of
+
+_POLICY = {name: number for number, (name, *_) in enumerate(ops.POLICIES)}
+_NO_CACHE = [torch.empty(0)] * 2  # positions and scores of a layer that evicts nothing
+
+
+class Steps:
+    """The steps of one patched model."""
+
+    def step(self, decoder, given, forward):
+        """The last hidden states [rows, 1, width] of one new token a row; None if that is not for us."""
+        if not is_ours_to_multiply(decoder.embed_tokens.weight) or not is_plain_step(decoder, given):
+            return None
+        past, hears = given.get("past_key_values"), given.get("encoder_hidden_states") is not None
+        layers, audio_layers = layers_of(decoder, past, hears)
+        ids = given["input_ids"]
+        if layers is None or not are_filled(decoder, layers, audio_layers, len(ids)):
+            return None
+        shared = layers[0].shared
+        if shared.reading is None or shared.reading.is_stale(decoder, audio_layers):
+            shared.reading = Reading(decoder, layers[0], audio_layers)
+        return shared.reading.step(decoder, ids, given.get("position_ids"), layers, audio_layers)
+
+
+class Reading:
+    """What the steps of a decode read beside the cache of the self-attention: gathered once, as it stays the same."""
+
+    def __init__(self, decoder, layer, audio_layers):
+        snapshot = Snapshot(decoder)
+        self.hooks, self.embeddings = hooks_so_far(), snapshot.embeddings
+        self.heard, self.keys = [], audio_layers[0].keys_of_audios if audio_layers else None
+        self.weights = None  # while there are none, steps are not for us
+        if snapshot.is_plain and not snapshot.is_hooked and decoder.config.activation_function == "gelu":
+            self._gather(decoder, layer, audio_layers)
+
+    def __reduce__(self):
+        return _nothing, ()  # a copy of the cache gathers its own
+
+    def is_stale(self, decoder, audio_layers):
+        return (
+            self.hooks != hooks_so_far()
+            or self.embeddings != decoder.embed_tokens.weight.data_ptr()
+            or (audio_layers and self.keys is not audio_layers[0].keys_of_audios)
+        )
+
+    def step(self, decoder, ids, places, layers, audio_layers):
+        first = layers[0]
+        if self.weights is None or first.home is not None:
+            return None
+        for layer in layers:
+            layer.make_room(1)
+        if any(layer.sources is not first.sources and layer.sources.numel() for layer in layers):
+            return None
+        places = decoder.embed_positions.weight[first.seen if places is None else places[:, 0]]
+        x = decoder.embed_tokens.weight[ids[:, 0]] + places
+        caches = []
+        for layer in layers:
+            caches += layer.key_slots, layer.value_slots, layer.cursor
+            caches += _NO_CACHE if layer.eviction is None else (layer.positions, layer.scores)
+        owner = audio_layers[0].owner if audio_layers else first.cursor
+        evicts = first.eviction is not None
+        output = ops.decoder_step(
+            x, first.sources, owner, self.lengths, caches, self.heard, self.weights, self.format, self.heads,
+            self.hidden, self.frames, self.group, self.is_latent,
+            _POLICY[first.policy] if evicts else -1,
+            min(first.budget, first.slots) if evicts else 1,
+            first.eviction.recent if evicts else 1,
+            first.eviction.decay if evicts else 1.0,
+            self.epsilon, self.scale,
+        )  # fmt: skip
+        for layer in layers:
+            layer.count(1)
+        return output[:, None]
+
+    def _gather(self, decoder, layer, audio_layers):
+        heads, scales, formats, epsilons, weights = layer.heads, set(), set(), set(), []
+        hears = bool(audio_layers)
+        self.is_latent = hears and audio_layers[0].config.is_latent
+
+        def add_norm(norm):
+            epsilons.add(norm.eps)
+            weights.extend((norm.weight, norm.bias))
+
+        def add(linear):
+            matrix = matrix_of(linear) if type(linear) is FastLinear else None
+            formats.add(matrix and matrix.format)
+            weights.extend((NONE, NONE) if matrix is None else matrix[:2])
+
+        def add_heads(linear):
+            """The weight of the keys, which each head's query is multiplied with."""
+            if "by_head" not in vars(linear):
+                linear.by_head = Packed(linear.packed.format, functools.partial(transpose_heads, heads))
+            weights.extend((linear.by_head.of(linear.weight), NONE))
+
+        for each in decoder.layers:
+            own, cross = each.self_attn, each.encoder_attn
+            scales.update((own.scaling, cross.scaling))
+            add_norm(each.self_attn_layer_norm)
+            for linear in (own.q_proj, own.k_proj, own.v_proj, own.out_proj):
+                add(linear)
+            add_norm(each.encoder_attn_layer_norm)
+            add(cross.q_proj)
+            add(cross.k_proj)
+            if self.is_latent and formats <= set(FORMATS.values()):
+                del weights[-2:]
+                add_heads(cross.k_proj)
+            for linear in (cross.v_proj, cross.out_proj):
+                add(linear)
+            add_norm(each.final_layer_norm)
+            for linear in (each.fc1, each.fc2):
+                add(linear)
+        add_norm(decoder.layer_norm)
+
+        width, hidden = decoder.config.d_model, decoder.config.decoder_ffn_dim
+        if len(formats) > 1 or len(epsilons) > 1 or len(scales) > 1 or None in formats:
+            return
+        (self.format,), (self.epsilon,), (self.scale,) = formats, epsilons, scales
+        is_packed = self.format != ops.AS_FLOAT32
+        if width % ops.PANEL or hidden % ops.PANEL or math.frexp(self.scale)[0] != 0.5:
+            return
+        if self.is_latent and is_packed and width // heads % ops.PANEL:
+            return
+        if any(weight.dtype != torch.float32 for weight in weights if weight.dtype != torch.int32):
+            return
+        self.heads, self.hidden, self.frames, self.group, self.lengths = heads, hidden, 1, 16, layer.cursor
+        if hears:
+            audios = audio_layers[0].audios
+            self.frames, self.group, self.lengths = audios.room, audio_layers[0].config.group, audios.lengths
+            for each in audio_layers:
+                keys, values = each.keys_of_audios, each.values_of_audios
+                self.heard += keys.data, values.data, keys.scales, values.scales
+            if self.heard[0].dtype not in (torch.float32, torch.uint8):
+                return
+        self.weights = [weight.detach() for weight in weights]
+
+
+def transpose_heads(heads, weight):
+    """[heads * head_dim, width] as [heads * width, head_dim]."""
+    return weight.unflatten(0, (heads, -1)).transpose(1, 2).flatten(0, 1)
+
+
+def _nothing():
+    return None
