@@ -307,7 +307,7 @@ def test_data_parallel(small, audio, tmp_path, wrapper):
             ours = wrapped(audio, decoder_input_ids=ids).logits
             assert stats(wrapped).tokens == 6 and stats(wrapped).note == ""
             theirs = unpatch(wrapped)(audio, decoder_input_ids=ids).logits
-            torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3)
         assert type(small.model.decoder.layers[0].self_attn) is WhisperAttention
         patch(torch.compile(wrapped))
         assert type(small.model.decoder.layers[0].self_attn) is SelfAttention

@@ -166,7 +166,9 @@ static bool decoder_step(struct call *const call, const StableIValue *const numb
       !is_within(call, "policy", policy, -1, POLICIES - 1) || !is_finite(call, "decay", decay) ||
       !is_finite(call, "epsilon", epsilon) || !is_finite(call, "scale", scale) ||
       !is_whole(call, "hidden", hidden, WKV_PANEL) || !accept(call, X, &tensors[X], true) ||
-      !is_whole(call, "width", size[DIM], WKV_PANEL * heads))
+      !is_whole(call, "width", size[DIM], WKV_PANEL) || !is_whole(call, "width", size[DIM], heads))
+    return false;
+  if (as_bool(numbers[5]) && format != WKV_AS_FLOAT32 && !is_whole(call, "a head", size[DIM] / heads, WKV_PANEL))
     return false;
   if (layers < 1 || call->count[WEIGHTS] != 2 * (WEIGHTS_OF_LAYER * layers + 1) ||
       call->count[CACHES] != CACHES_OF_LAYER * layers ||
