@@ -22,7 +22,7 @@ class FastEncoder(WhisperEncoder):
 
     @functools.wraps(WhisperEncoder.forward)
     def forward(self, input_features, attention_mask=None, **kwargs):
-        if not _is_plain(self, input_features, kwargs):
+        if not _is_plain(self, input_features, dict(kwargs)):
             return super().forward(input_features, attention_mask=attention_mask, **kwargs)
         with torch.no_grad():
             return BaseModelOutput(last_hidden_state=torch.stack([_hear(self, audio) for audio in input_features]))
@@ -47,13 +47,14 @@ def uninstall(encoder):
 def _is_plain(encoder, features, given):
     """Nothing is wanted but the states, and nobody looks on."""
     config, modules = encoder.config, list(encoder.modules())[1:]
+    as_dict = given.pop("return_dict", getattr(config, "return_dict", True))
     return (
         isinstance(features, torch.Tensor)
         and features.dim() == 3
         and is_ours_to_multiply(features)
         and features.shape[1:] == (config.num_mel_bins, 2 * config.max_source_positions)
         and not any(given.values())
-        and getattr(config, "return_dict", True)
+        and as_dict in (None, True)
         and not (config.output_attentions or config.output_hidden_states)
         and config.activation_function == "gelu"
         and not encoder.training
