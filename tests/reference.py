@@ -224,3 +224,32 @@ def encoder_attention(query, key, value, bias, lengths, scale, precision):
         logits = logits + bias[audio, :length] if bias.numel() else logits
         output[audio, :length] = torch.einsum("hqk,khd->qhd", logits.softmax(-1), v).float()
     return output
+
+
+# How the numbers of a matrix are read
+AS_FLOAT32, AS_BFLOAT16, AS_INT8 = range(3)
+
+
+def rounded(x, format):
+    """Rows of numbers as a product of that format sees them."""
+    if format == AS_BFLOAT16:
+        return x.bfloat16().float()
+    if format == AS_FLOAT32:
+        return x
+    step = x.abs().amax(-1, keepdim=True) / 127
+    return torch.where(step > 0, (x / step).round() * step, x * 0)
+
+
+def linear(x, norm_weight, norm_bias, weight, bias, residual, format, outputs, epsilon, activation):
+    """As the op, but the weight is the model's own [outputs, inputs] in every format."""
+    x, weight = x.double(), weight.double()
+    if norm_weight.numel():
+        x = torch.nn.functional.layer_norm(x, x.shape[-1:], norm_weight.double(), norm_bias.double(), epsilon)
+    y = rounded(x, format) @ rounded(weight, format).T
+    if bias.numel():
+        y = y + bias
+    if activation:
+        y = torch.nn.functional.gelu(y)
+    if residual.numel():
+        y = y + residual[torch.arange(len(y)) % len(residual)]
+    return y.float()

@@ -10,6 +10,7 @@ import math
 import torch
 
 from . import ops
+from .graphs import GRAPHS
 from .plain import are_filled, is_plain_step, layers_of
 from .snapshot import Snapshot, hooks_so_far
 from .weights import FORMATS, NONE, FastLinear, Packed, is_ours_to_multiply, matrix_of
@@ -23,7 +24,8 @@ class Steps:
 
     def step(self, decoder, given, forward):
         """The last hidden states [rows, 1, width] of one new token a row; None if that is not for us."""
-        if not is_ours_to_multiply(decoder.embed_tokens.weight) or not is_plain_step(decoder, given):
+        weight = decoder.embed_tokens.weight
+        if weight.device.type in GRAPHS or not is_ours_to_multiply(weight) or not is_plain_step(decoder, given):
             return None
         past, hears = given.get("past_key_values"), given.get("encoder_hidden_states") is not None
         layers, audio_layers = layers_of(decoder, past, hears)

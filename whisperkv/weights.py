@@ -111,7 +111,7 @@ def uninstall(model):
 def why_not(linear):
     """Why a linear layer stays as it is; "" if it can be ours."""
     weight = linear.weight
-    if type(linear) is not nn.Linear:
+    if type(linear) not in (nn.Linear, FastLinear):
         return f"a {type(linear).__module__}.{type(linear).__name__}"
     if type(weight) not in (torch.Tensor, nn.Parameter):
         return f"its weight is a {type(weight).__module__}.{type(weight).__name__}"

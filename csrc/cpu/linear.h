@@ -18,7 +18,7 @@ enum { TWO = 2, FOUR = 4, AHEAD = 4 };
 
 /* ---- what becomes of a sum ---- */
 
-/* erf(x) within 2e-7: a quotient of polynomials, that of Eigen and XLA. */
+/* erf(x) within 3e-7: a quotient of polynomials, that of Eigen and XLA. */
 INLINE vf error_function(const vf number) {
   const vf x = smaller(larger(number, splat(-4.0f)), splat(4.0f)), square = x * x;
   vf p = splat(-2.72614225801306e-10f), q = splat(-1.45660718464996e-05f);
