@@ -160,10 +160,12 @@ INLINE void store_outputs(const enum wkv_precision precision, const struct block
   const struct wkv_encoder_attention *const a = b->a;
   for (int64_t q = 0; q < b->queries; q++, output += a->heads * a->head_dim)
     for (int64_t d = 0; d < a->head_dim; d += W) {
-      vf sum = load(b->sums + q * b->head.channels + d);
-      if (precision == WKV_IN_BYTES)
-        sum = __builtin_convertvector((vi)sum, vf) * load(b->head.value_units + d);
-      store_in_order(WKV_FLOAT32, output + d, sum / b->total[q], least(W, a->head_dim - d));
+      vf x = load(b->sums + q * b->head.channels + d) / b->total[q];
+      if (precision == WKV_IN_BYTES) {
+        const vf sum = __builtin_convertvector((vi)load(b->sums + q * b->head.channels + d), vf);
+        x = multiply_add(sum / b->total[q], load(b->head.value_units + d), load(b->head.value_middles + d));
+      }
+      store_in_order(WKV_FLOAT32, output + d, x, least(W, a->head_dim - d));
     }
 }
 

@@ -35,6 +35,7 @@ struct head {
   float *bias;                   /* [padded] */
   /* of bytes */
   float *key_units, *value_units; /* [padded] and [channels]: what one of their codes is worth */
+  float *value_middles;          /* [channels]: what codes of 0 stand for */
   uint32_t *starts;              /* [padded]: where sums of products start, so that MIDDLE drops out */
 };
 
@@ -62,6 +63,7 @@ INLINE struct head packed_head(const enum wkv_precision precision, const struct 
   h.key_units = h.bias + h.padded;
   h.starts = (uint32_t *)(h.key_units + h.padded);
   h.value_units = h.key_units + 2 * h.padded;
+  h.value_middles = h.value_units + h.channels;
   return h;
 }
 

@@ -81,26 +81,29 @@ INLINE void pack_keys_of(const enum wkv_precision precision, const struct wkv_en
   memcpy(h->starts + place, &sum, sizeof sum);
 }
 
-/* What codes of W channels are worth; NaN where a number is not finite. */
-INLINE vf units_of_channels(const struct wkv_encoder_attention *const a, const struct head *const h,
-                            const int64_t channel) {
-  vf top = {0}, spoilt = {0};
+/* The middle of W channels, which codes count from, and what they are worth; NaN where a number is not finite. */
+INLINE void measure_channels(const struct wkv_encoder_attention *const a, const struct head *const h,
+                             const int64_t channel) {
+  vf top = splat(-INFINITY), low = splat(INFINITY), spoilt = {0};
   for (int64_t f = 0; f < h->length; f++) {
     const vf x = load_first(channels_of(a, &a->value, h, f) + channel, a->head_dim - channel);
-    top = larger(larger(x, -x), top);
+    top = larger(x, top);
+    low = smaller(x, low);
     spoilt = multiply_add(x, splat(0), spoilt);
   }
-  return top * (1.0f / 127) + spoilt;
+  store(h->value_middles + channel, top * 0.5f + low * 0.5f);
+  store(h->value_units + channel, (top * 0.5f - low * 0.5f) * (1.0f / 127) + spoilt);
 }
 
 /* W channels of a vector's frames, which stand in its lanes as their weights do. */
 INLINE void pack_values_of(const enum wkv_precision precision, const struct wkv_encoder_attention *const a,
                            const struct head *const h, const int64_t channel) {
   uint32_t *const column = h->values + channel / PANEL * PANEL * (h->padded / per_lane(precision)) + channel % PANEL;
-  vf factor = splat(1);
+  vf middle = {0}, factor = splat(1);
   if (precision == WKV_IN_BYTES) {
-    const vf units = units_of_channels(a, h, channel);
-    store(h->value_units + channel, units);
+    measure_channels(a, h, channel);
+    const vf units = load(h->value_units + channel);
+    middle = load(h->value_middles + channel);
     factor = (vf)choose(units > 0, (vu)(1 / units), (vu){0});
   }
   for (int64_t k = 0; k < h->padded / per_lane(precision); k++) {
@@ -110,7 +113,7 @@ INLINE void pack_values_of(const enum wkv_precision precision, const struct wkv_
       const int64_t frame = frame_at(precision, h, first + j * W);
       if (frame >= h->length) continue;
       const vf x = load_first(channels_of(a, &a->value, h, frame) + channel, a->head_dim - channel);
-      lanes |= part_of_lanes(precision, x * factor, j, 0);
+      lanes |= part_of_lanes(precision, (x - middle) * factor, j, 0);
     }
     memcpy(column + k * PANEL, &lanes, sizeof lanes);
   }

@@ -97,7 +97,7 @@ enum { SIDE_BY_SIDE = 64 };
 
 int64_t wkv_encoder_packed(const struct wkv_encoder_attention *const a) {
   const int64_t frames = wkv_round_up(a->frames, SIDE_BY_SIDE), channels = wkv_round_up(a->head_dim, SIDE_BY_SIDE);
-  return 2 * frames * channels + 3 * frames + channels; /* beside: bias, units and sums of frames; units */
+  return 2 * frames * channels + 3 * frames + 2 * channels; /* beside keys and values what bytes need, and the bias */
 }
 
 int64_t wkv_encoder_scratch(const struct wkv_encoder_attention *const a) {
