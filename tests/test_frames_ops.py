@@ -252,12 +252,20 @@ class TestValues:
     def test_many_small_weights_are_not_lost(self):
         """One frame weighs as much as all others together, each of which is nearer to 0 bytes than to 1."""
         given = problem(1, 1400, 1, precision=BYTES, bias=False, lengths=False)
-        given["query"][:], given["key"][:] = 0, 0
+        given["query"][:] = given["key"][:] = 0
         given["bias"] = torch.zeros(1, 1400)
         given["bias"][0, 700] = torch.tensor(1399.0).log()
         given["value"][:] = 1.0
         given["value"][0, 700] = -1.0
         assert attend(given).abs().max() < 0.01
+
+    def test_the_largest_weights_fit_a_byte(self):
+        """Whatever rounding has left over of those before them."""
+        given = problem(1, 1400, 1, precision=BYTES, lengths=False)
+        given["query"][:] = given["key"][:] = 0
+        given["bias"] = (torch.rand(1, 1400) * (torch.rand(1, 1400) < 0.5)).log1p().neg()
+        output, wanted = attend(given), attend(given, reference.encoder_attention)
+        assert ((output - wanted).abs() / given["value"].abs().amax(1, keepdim=True)).max() < 2e-3
 
 
 @pytest.mark.parametrize("isa", ISAS)

@@ -103,17 +103,17 @@ INLINE float soften_bfloat16(const struct block *const b, const int64_t query, c
   return sum_of(sum);
 }
 
-/* Four to a lane, the largest 255. A code is the one nearest to the weight and what rounding left over of the frames
- * before, so that many small weights are not lost. */
+/* Four to a lane, the largest 254, so that there is room for what is left over. A code is the one nearest to the weight
+ * and what rounding left over of the frame before, so that many small weights are not lost. */
 INLINE float soften_bytes(const struct block *const b, const int64_t query, const float top) {
   float *const logits = b->weights + query * b->stride;
-  const float log_of_255 = 7.99435344f; /* to the base of 2 */
+  const float log_of_largest = 7.98868469f; /* to the base of 2 */
   vf left[4] = {{0}, {0}, {0}, {0}};
   vu sum = {0};
   for (int64_t f = 0, k = 0; f < b->head.padded; f += 4 * W, k += W) {
     vu lanes = (vu){0} - ((vu)splat(0x1.8p23f)) * 0x01010101u;
     for (int j = 0; j < 4; j++) {
-      const struct power w = power(load(logits + f + j * W), top, log_of_255);
+      const struct power w = power(load(logits + f + j * W), top, log_of_largest);
       const vf wanted = multiply_add(w.fraction, w.whole, left[j]), shifted = wanted + 0x1.8p23f;
       left[j] = wanted - (shifted - 0x1.8p23f);
       lanes += (vu)shifted << 8 * j;

@@ -24,11 +24,11 @@ INLINE int per_lane(const enum wkv_precision precision) {
 /* Numbers that fill the lanes of a vector: lane i holds number i, i + W, ... of them. */
 INLINE int64_t per_vector(const enum wkv_precision precision) { return per_lane(precision) * W; }
 
-/* A packed head. Both matrices stand in panels of PANEL columns, lane after lane. Of the last of the keys
- * only what is padded is there: from the length on, up to a multiple of per_vector, all is 0 and the bias -inf. */
+/* A packed head. Both matrices stand in panels of PANEL columns, lane after lane; of the keys' last panel only what
+ * is padded is there. What no frame stands for is 0, with a bias of -inf. */
 struct head {
   int64_t audio, number;         /* of this head in its audio */
-  int64_t length, padded;        /* frames in use */
+  int64_t length, padded;        /* frames in use; padded: to a multiple of per_vector */
   int64_t lanes, channels;       /* lanes of a query; channels: head_dim, padded */
   uint32_t *keys;                /* [panels of frames, lanes, PANEL] */
   uint32_t *values;              /* [panels of channels, padded / per_lane, PANEL] */
@@ -39,8 +39,8 @@ struct head {
   uint32_t *starts;              /* [padded]: where sums of products start, so that MIDDLE drops out */
 };
 
-/* The frame that is packed in a place. Of bytes, those that a lane sees one after the other are neighbours: what rounding
- * the weight of one leaves over goes to the next, whose value is much the same. */
+/* The frame that is packed in a place. Of bytes, those that a lane sees one after the other are neighbours: what
+ * rounding the weight of one leaves over goes to the next, whose value is much the same. */
 INLINE int64_t frame_at(const enum wkv_precision precision, const struct head *const h, const int64_t place) {
   if (precision != WKV_IN_BYTES) return place;
   const int64_t together = per_vector(precision);
