@@ -201,14 +201,15 @@ def cross_attention_in_bytes(
 FLOAT32, BFLOAT16, BYTES = range(3)  # how its numbers are multiplied
 
 
-def rounded(x, precision, side):
-    """What the products are made of: numbers in bfloat16, or in bytes that share a unit along a side."""
+def rounded(x, precision, side, middle=0):
+    """What the products are made of: numbers in bfloat16, or in bytes that share a unit along a side and count from
+    the middle."""
     if precision == FLOAT32:
         return x
     if precision == BFLOAT16:
         return x.bfloat16().double()
-    unit = x.abs().amax(side, keepdim=True) / 127
-    return torch.where(unit > 0, torch.round(x / unit) * unit, x)
+    unit = (x - middle).abs().amax(side, keepdim=True) / 127
+    return torch.where(unit > 0, torch.round((x - middle) / unit) * unit + middle, x)
 
 
 def encoder_attention(query, key, value, bias, lengths, scale, precision):
@@ -219,7 +220,8 @@ def encoder_attention(query, key, value, bias, lengths, scale, precision):
     for audio in range(audios):
         length = int(lengths[audio]) if lengths.numel() else frames
         q, k = (rounded(x[audio, :length].double(), precision, -1) for x in (query, key))
-        v = rounded(value[audio, :length].double(), precision, 0)
+        v = value[audio, :length].double()
+        v = rounded(v, precision, 0, (v.amax(0) + v.amin(0)) / 2)
         logits = torch.einsum("qhd,khd->hqk", q, k) * scale
         logits = logits + bias[audio, :length] if bias.numel() else logits
         output[audio, :length] = torch.einsum("hqk,khd->qhd", logits.softmax(-1), v).float()

@@ -63,6 +63,6 @@ static bool encoder_attention(struct call *const call, const StableIValue *const
 
 const struct torch_op encoder_attention_op = {
     "encoder_attention",
-    "encoder_attention(Tensor query, Tensor key, Tensor value, Tensor bias, Tensor lengths, float scale, int precision) "
-    "-> Tensor",
+    "encoder_attention(Tensor query, Tensor key, Tensor value, Tensor bias, Tensor lengths, float scale, "
+    "int precision) -> Tensor",
     encoder_attention, TENSORS, 1, 0};

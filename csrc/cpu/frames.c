@@ -1,7 +1,5 @@
 /* Self-attention of an encoder's head: a block of queries takes the logits of all frames, which become weights in their
  * place, and then the values. Both products are those of one loop over packed panels. */
-#include <float.h>
-
 #include "frames_pack.h"
 #include "isa.h"
 #include "softmax.h"
@@ -29,14 +27,13 @@ INLINE void load_queries(const enum wkv_precision precision, struct block *const
   for (int64_t q = 0; q < wkv_round_up(b->queries, ROWS); q++) {
     const float *const query = channels_of(a, &a->query, &b->head, b->first + least(q, b->queries - 1));
     const float unit = precision == WKV_IN_BYTES ? unit_of(query, a->head_dim) : 1;
-    b->factor[q] = a->scale * unit * base_of(precision);
+    b->factor[q] = a->scale * unit;
     uint32_t *const row = b->query + q * b->head.lanes;
     for (int64_t d = 0, k = 0; k < b->head.lanes; d += per_vector(precision), k += W) {
-      const vu lanes =
-          fill_lanes(precision, query + d, least(per_vector(precision), a->head_dim - d), inverse_of(unit), MIDDLE);
-      memcpy(row + k, &lanes, sizeof(uint32_t) * (size_t)least(W, b->head.lanes - k));
+      const vu lanes = fill_lanes(precision, query + d, a->head_dim - d, inverse_of(unit), MIDDLE);
+      memcpy(row + k, &lanes, sizeof lanes);
     }
-    store(b->tops + q * W, splat(-FLT_MAX)); /* finite, so that -inf is not subtracted from itself */
+    store(b->tops + q * W, splat(-INFINITY));
   }
 }
 
@@ -50,6 +47,7 @@ INLINE void score(const enum wkv_precision precision, const int vectors, const s
     for (int v = 0; v < vectors; v++)
       sums[r][v] = is_bytes ? load((const float *)h->starts + frame + v * W) : (vf){0};
   multiply_panel(precision, vectors, b->query + query * h->lanes, h->lanes, h->keys + frame * h->lanes, h->lanes, sums);
+#pragma GCC unroll 6
   for (int r = 0; r < ROWS; r++) {
     vf top = load(b->tops + (query + r) * W);
     for (int v = 0; v < vectors; v++) {
@@ -73,39 +71,67 @@ INLINE void score_all(const enum wkv_precision precision, const struct block *co
       }
 }
 
-/* 2^x to 1e-4 of its value; 0 below -126; NaN stays NaN. */
-INLINE vf power_of_2(const vf x) {
-  const vf shifted = x + 0x1.8p23f, r = x - (shifted - 0x1.8p23f);
+/* e^(x - top) * 2^more to 1e-4, as two factors; nothing smaller than 2^-126. NaN stays NaN. */
+struct power {
+  vf fraction, whole;
+};
+
+INLINE struct power power(const vf x, const float top, const float more) {
+  const float log_of_e = 1.44269504f;
+  const vf y = larger(splat(-126), multiply_add(x - top, splat(log_of_e), splat(more)));
+  const vf shifted = y + 0x1.8p23f, r = y - (shifted - 0x1.8p23f);
   vf p = multiply_add(r, splat(0.05550411f), splat(0.24022651f));
   p = multiply_add(multiply_add(p, r, splat(0.69314718f)), r, splat(1));
-  const vf power = (vf)(((vu)shifted + 127) << 23);
-  return (vf)choose(x < -126, (vu){0}, (vu)(p * power));
+  return (struct power){p, (vf)(((vu)shifted + 127) << 23)};
 }
 
-/* Logits become weights, two or four to a lane. Bytes are the nearest to the weight and what rounding left over of the
- * frames before, so that many small weights are not lost. */
-INLINE float soften(const enum wkv_precision precision, const struct block *const b, const int64_t query) {
+/* Logits become weights, two to a lane. Returns their sum. */
+INLINE float soften_bfloat16(const struct block *const b, const int64_t query, const float top) {
   float *const logits = b->weights + query * b->stride;
-  const float top = largest_of(load(b->tops + query * W));
-  if (precision == WKV_IN_FLOAT32) return exponentiate(logits, b->head.padded, top);
-  vf sum = {0}, left[4] = {{0}, {0}, {0}, {0}};
-  for (int64_t f = 0, k = 0; f < b->head.padded; f += per_vector(precision), k += W) {
+  vf sum = {0};
+  for (int64_t f = 0, k = 0; f < b->head.padded; f += 2 * W, k += W) {
     vu lanes = {0};
-    for (int j = 0; j < per_lane(precision); j++) {
-      const vf weight = power_of_2(load(logits + f + j * W) - top);
+    for (int j = 0; j < 2; j++) {
+      const struct power w = power(load(logits + f + j * W), top, 0);
+      const vf weight = w.fraction * w.whole;
+      const vu rounded = (vu)weight + 0x8000;
       sum += weight;
-      if (precision == WKV_IN_BFLOAT16) {
-        const vu rounded = (vu)weight + 0x8000;
-        lanes |= j ? rounded & 0xffff0000 : rounded >> 16;
-      } else {
-        const vf wanted = multiply_add(weight, splat(255), left[j]), shifted = wanted + 0x1.8p23f;
-        left[j] = wanted - (shifted - 0x1.8p23f);
-        lanes |= ((vu)shifted & 0xff) << 8 * j;
-      }
+      lanes |= j ? rounded & 0xffff0000 : rounded >> 16;
     }
     memcpy(logits + k, &lanes, sizeof lanes);
   }
-  return sum_of(sum) * (precision == WKV_IN_BYTES ? 255 : 1);
+  return sum_of(sum);
+}
+
+/* Four to a lane, the largest 254, so that there is room for what is left over. A code is the one nearest to the weight
+ * and what rounding left over of the frame before, so that many small weights are not lost. */
+INLINE float soften_bytes(const struct block *const b, const int64_t query, const float top) {
+  float *const logits = b->weights + query * b->stride;
+  const float log_of_largest = 7.98868469f; /* to the base of 2 */
+  vf left[4] = {{0}, {0}, {0}, {0}};
+  vu sum = {0};
+  for (int64_t f = 0, k = 0; f < b->head.padded; f += 4 * W, k += W) {
+    vu lanes = (vu){0} - ((vu)splat(0x1.8p23f)) * 0x01010101u;
+    for (int j = 0; j < 4; j++) {
+      const struct power w = power(load(logits + f + j * W), top, log_of_largest);
+      const vf wanted = multiply_add(w.fraction, w.whole, left[j]), shifted = wanted + 0x1.8p23f;
+      left[j] = wanted - (shifted - 0x1.8p23f);
+      lanes += (vu)shifted << 8 * j;
+    }
+    sum = multiply_bytes((vi)lanes, (vi){0} + 0x01010101, sum);
+    memcpy(logits + k, &lanes, sizeof lanes);
+  }
+  const vf spoilt = (left[0] + left[1] + left[2] + left[3]) * 0;
+  return sum_of(__builtin_convertvector((vi)sum, vf) + spoilt);
+}
+
+INLINE float soften(const enum wkv_precision precision, const struct block *const b, const int64_t query) {
+  const float top = largest_of(load(b->tops + query * W));
+  switch (precision) {
+    case WKV_IN_FLOAT32: return exponentiate(b->weights + query * b->stride, b->head.padded, top);
+    case WKV_IN_BFLOAT16: return soften_bfloat16(b, query, top);
+    default: return soften_bytes(b, query, top);
+  }
 }
 
 /* sums = weights * values, for ROWS queries and a panel of channels. */
@@ -134,10 +160,12 @@ INLINE void store_outputs(const enum wkv_precision precision, const struct block
   const struct wkv_encoder_attention *const a = b->a;
   for (int64_t q = 0; q < b->queries; q++, output += a->heads * a->head_dim)
     for (int64_t d = 0; d < a->head_dim; d += W) {
-      vf sum = load(b->sums + q * b->head.channels + d);
-      if (precision == WKV_IN_BYTES)
-        sum = __builtin_convertvector((vi)sum, vf) * load(b->head.value_units + d);
-      store_in_order(WKV_FLOAT32, output + d, sum / b->total[q], least(W, a->head_dim - d));
+      vf x = load(b->sums + q * b->head.channels + d) / b->total[q];
+      if (precision == WKV_IN_BYTES) {
+        const vf sum = __builtin_convertvector((vi)load(b->sums + q * b->head.channels + d), vf);
+        x = multiply_add(sum / b->total[q], load(b->head.value_units + d), load(b->head.value_middles + d));
+      }
+      store_in_order(WKV_FLOAT32, output + d, x, least(W, a->head_dim - d));
     }
 }
 

@@ -97,10 +97,11 @@ enum { SIDE_BY_SIDE = 64 };
 
 int64_t wkv_encoder_packed(const struct wkv_encoder_attention *const a) {
   const int64_t frames = wkv_round_up(a->frames, SIDE_BY_SIDE), channels = wkv_round_up(a->head_dim, SIDE_BY_SIDE);
-  return frames * (a->head_dim + channels) + 3 * frames + channels; /* beside: bias, units and sums of frames; units */
+  return 2 * frames * channels + 3 * frames + 2 * channels; /* beside keys and values what bytes need, and the bias */
 }
 
 int64_t wkv_encoder_scratch(const struct wkv_encoder_attention *const a) {
   const int64_t frames = wkv_round_up(a->frames, SIDE_BY_SIDE), channels = wkv_round_up(a->head_dim, SIDE_BY_SIDE);
-  return WKV_QUERIES * (channels + SIDE_BY_SIDE + frames + SIDE_BY_SIDE + channels); /* queries, largest, weights, sums */
+  const int64_t queries = channels, largest = SIDE_BY_SIDE, weights = frames + SIDE_BY_SIDE, sums = channels;
+  return WKV_QUERIES * (queries + largest + weights + sums);
 }

@@ -35,9 +35,27 @@ INLINE int64_t least(const int64_t a, const int64_t b) { return a < b ? a : b; }
 
 INLINE vf splat(const float x) { return x - (vf){0}; }
 INLINE vu choose(const vi mask, const vu yes, const vu no) { return ((vu)mask & yes) | (~(vu)mask & no); }
-INLINE vf larger(const vf a, const vf b) { return (vf)choose(a > b, (vu)a, (vu)b); } /* b if a is NaN */
 
-INLINE vf smaller(const vf a, const vf b) { return (vf)choose(a < b, (vu)a, (vu)b); } /* b if a is NaN */
+/* b if either is NaN, as the instructions have it. */
+INLINE vf larger(const vf a, const vf b) {
+#if defined(__AVX512F__)
+  return (vf)_mm512_max_ps((__m512)a, (__m512)b);
+#elif defined(__AVX2__)
+  return (vf)_mm256_max_ps((__m256)a, (__m256)b);
+#else
+  return (vf)choose(a > b, (vu)a, (vu)b);
+#endif
+}
+
+INLINE vf smaller(const vf a, const vf b) {
+#if defined(__AVX512F__)
+  return (vf)_mm512_min_ps((__m512)a, (__m512)b);
+#elif defined(__AVX2__)
+  return (vf)_mm256_min_ps((__m256)a, (__m256)b);
+#else
+  return (vf)choose(a < b, (vu)a, (vu)b);
+#endif
+}
 
 /* a * b + c. Spelled out, because -std=c11 forbids the compiler to contract. */
 INLINE vf multiply_add(const vf a, const vf b, const vf c) {
@@ -213,6 +231,17 @@ INLINE vu multiply_bytes(const vi a, const vi b, const vu sum) {
   typedef uint16_t vu16 __attribute__((vector_size(4 * W)));
   const vu even = (vu)multiply_16(a & 0x00ff00ff, (vi)((v16)((vu16)b << 8) >> 8));
   return sum + even + (vu)multiply_16((vi)((vu16)a >> 8), (vi)((v16)b >> 8));
+#endif
+}
+
+/* The same of sums that stand in the place of floats, as those of other products do: gcc, told of two types, would move
+ * them between registers and memory all the time. */
+INLINE vf multiply_bytes_in_place(const vi a, const vi b, vf sum) {
+#if defined(__AVX512VNNI__)
+  __asm__("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b));
+  return sum;
+#else
+  return (vf)multiply_bytes(a, b, (vu)sum);
 #endif
 }
 
