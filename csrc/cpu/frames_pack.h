@@ -19,37 +19,6 @@ INLINE void pack_bias(const enum wkv_precision precision, const struct wkv_encod
   }
 }
 
-/* The first step of exchanging lanes and vectors: those of every two vectors h apart. */
-#define EXCHANGE(h) \
-  INLINE void exchange_##h(vu x[W]) { \
-    for (int i = 0; i < W; i++) { \
-      if (i & h) continue; \
-      const vu a = x[i], b = x[i | h]; \
-      x[i] = SHUFFLE(a, b, LANES(FIRST, h)); \
-      x[i | h] = SHUFFLE(a, b, LANES(SECOND, h)); \
-    } \
-  }
-EXCHANGE(1)
-EXCHANGE(2)
-#if W > 4
-EXCHANGE(4)
-#endif
-#if W > 8
-EXCHANGE(8)
-#endif
-
-/* Lane i of vector k becomes lane k of vector i. */
-INLINE void transpose(vu x[W]) {
-  exchange_1(x);
-  exchange_2(x);
-#if W > 4
-  exchange_4(x);
-#endif
-#if W > 8
-  exchange_8(x);
-#endif
-}
-
 /* The keys of W places. */
 INLINE void pack_keys_of(const enum wkv_precision precision, const struct wkv_encoder_attention *const a,
                          const struct head *const h, const int64_t place) {

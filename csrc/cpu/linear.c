@@ -44,18 +44,19 @@ INLINE uint32_t word_of(const struct wkv_matrix_packing *const p, const int64_t 
   return word;
 }
 
-/* A panel of float32 as the model has it: rows and columns change places, in pieces that stay in the nearest cache. */
+/* A panel of float32 as the model has it: rows and columns change places, W of both at a time. */
 static void transpose_panel(const struct wkv_matrix_packing *const p, const int64_t panel, uint32_t *const to) {
-  enum { PIECE = 16 };
-  for (int64_t unit = 0; unit < p->inputs; unit += PIECE)
-    for (int64_t i = 0; i < WKV_PANEL; i++) {
-      const int64_t n = least(PIECE, p->inputs - unit);
-      const float *const from = (const float *)p->weight + (panel * WKV_PANEL + i) * p->inputs + unit;
-      if (n == PIECE)
-        for (int64_t u = 0; u < PIECE; u++) memcpy(&to[(unit + u) * WKV_PANEL + i], &from[u], sizeof *to);
-      else
-        for (int64_t u = 0; u < n; u++) memcpy(&to[(unit + u) * WKV_PANEL + i], &from[u], sizeof *to);
+  const uint32_t *const from = (const uint32_t *)p->weight + panel * WKV_PANEL * p->inputs;
+  const int64_t whole = p->inputs / W * W;
+  for (int64_t unit = 0; unit < whole; unit += W)
+    for (int64_t i = 0; i < WKV_PANEL; i += W) {
+      vu x[W];
+      for (int row = 0; row < W; row++) x[row] = load_words(from + (i + row) * p->inputs + unit);
+      transpose(x);
+      for (int u = 0; u < W; u++) memcpy(to + (unit + u) * WKV_PANEL + i, &x[u], sizeof x[u]);
     }
+  for (int64_t unit = whole; unit < p->inputs; unit++)
+    for (int64_t i = 0; i < WKV_PANEL; i++) to[unit * WKV_PANEL + i] = from[i * p->inputs + unit];
 }
 
 static void pack_panel(const struct wkv_matrix_packing *const p, const int64_t panel, uint32_t *const panel_words) {

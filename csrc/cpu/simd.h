@@ -305,6 +305,37 @@ INLINE vf sum_each(vf x[W]) {
   return fold_1(x[0], x[1]);
 }
 
+/* The first step of exchanging lanes and vectors: those of every two vectors h apart. */
+#define EXCHANGE(h) \
+  INLINE void exchange_##h(vu x[W]) { \
+    for (int i = 0; i < W; i++) { \
+      if (i & h) continue; \
+      const vu a = x[i], b = x[i | h]; \
+      x[i] = SHUFFLE(a, b, LANES(FIRST, h)); \
+      x[i | h] = SHUFFLE(a, b, LANES(SECOND, h)); \
+    } \
+  }
+EXCHANGE(1)
+EXCHANGE(2)
+#if W > 4
+EXCHANGE(4)
+#endif
+#if W > 8
+EXCHANGE(8)
+#endif
+
+/* Lane i of vector k becomes lane k of vector i. */
+INLINE void transpose(vu x[W]) {
+  exchange_1(x);
+  exchange_2(x);
+#if W > 4
+  exchange_4(x);
+#endif
+#if W > 8
+  exchange_8(x);
+#endif
+}
+
 /* Four lanes hold four bytes each: bytes and lanes change places. */
 #define BYTE(lane, h) (lane) / 4 * 16 + (lane) % 4, (lane) / 4 * 16 + (lane) % 4 + 4, \
       (lane) / 4 * 16 + (lane) % 4 + 8, (lane) / 4 * 16 + (lane) % 4 + 12
