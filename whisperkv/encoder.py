@@ -1,4 +1,5 @@
-"""The encoder on the CPU: audio by audio, each layer a few products and one attention."""
+"""The encoder: on the CPU audio by audio, each layer a few products and one attention; and over no more frames than
+`trim` keeps, wherever it runs."""
 
 import functools
 
@@ -22,17 +23,26 @@ class FastEncoder(WhisperEncoder):
 
     @functools.wraps(WhisperEncoder.forward)
     def forward(self, input_features, attention_mask=None, **kwargs):
-        if not _is_plain(self, input_features, dict(kwargs)):
+        wanted = {name: value for name, value in kwargs.items() if value and name != "return_dict"}
+        is_plain = not wanted and _is_plain(self, input_features, kwargs.get("return_dict"))
+        kept = None if wanted or not self.listener else self.listener.listen(input_features, attention_mask)
+        if kept is None and not is_plain:
             return super().forward(input_features, attention_mask=attention_mask, **kwargs)
-        with torch.no_grad():
-            return BaseModelOutput(last_hidden_state=torch.stack([_hear(self, audio) for audio in input_features]))
+        if is_plain:
+            with torch.no_grad():
+                states = _hear_all(self, input_features, kept)
+        else:
+            states = _by_layers(self, input_features, kept)
+        return BaseModelOutput(last_hidden_state=states) if kwargs.get("return_dict", True) else (states,)
 
 
 record_outputs_as(FastEncoder, WhisperEncoder)
 
 
-def install(encoder, format):
+def install(encoder, format, listener=None):
+    """The listener says which frames are kept, if `trim` does."""
     become(encoder, FastEncoder)
+    encoder.listener = listener
     for conv in (encoder.conv1, encoder.conv2):
         conv.packed = Packed(FORMATS[format], by_windows)
 
@@ -40,21 +50,20 @@ def install(encoder, format):
 def uninstall(encoder):
     if type(encoder) is FastEncoder:
         become(encoder, WhisperEncoder)
+        vars(encoder).pop("listener", None)
         for conv in (encoder.conv1, encoder.conv2):
             vars(conv).pop("packed", None)
 
 
-def _is_plain(encoder, features, given):
-    """Nothing is wanted but the states, and nobody looks on."""
+def _is_plain(encoder, features, as_dict):
+    """Nobody wants to see what lies between."""
     config, modules = encoder.config, list(encoder.modules())[1:]
-    as_dict = given.pop("return_dict", getattr(config, "return_dict", True))
     return (
         isinstance(features, torch.Tensor)
         and features.dim() == 3
         and is_ours_to_multiply(features)
         and features.shape[1:] == (config.num_mel_bins, 2 * config.max_source_positions)
-        and not any(given.values())
-        and as_dict in (None, True)
+        and (getattr(config, "return_dict", True) if as_dict is None else as_dict)
         and not (config.output_attentions or config.output_hidden_states)
         and config.activation_function == "gelu"
         and not encoder.training
@@ -65,25 +74,53 @@ def _is_plain(encoder, features, given):
     )
 
 
-def _hear(encoder, features):
-    """The states [frames, width] of one audio's features [mels, 2 * frames]."""
-    x = _stem(encoder, features)
+def _hear_all(encoder, features, kept):
+    """The states [audios, frames, width] of features [audios, mels, 2 * frames]. A frame that was not kept has those of
+    the one that stands for it."""
+    if kept is None:
+        return torch.stack([_hear(encoder, audio) for audio in features])
+    states = features.new_empty(len(features), encoder.config.max_source_positions, encoder.config.d_model)
+    for audio, length in enumerate(kept.lengths.tolist()):
+        places, bias = kept.places[audio, :length], kept.bias[audio : audio + 1, :length]
+        heard = _hear(encoder, features[audio], places, bias)
+        torch.index_select(heard, 0, kept.of_all[audio], out=states[audio])
+    return states
+
+
+def _hear(encoder, features, places=None, bias=NONE):
+    """The states [frames, width] of one audio's features [mels, 2 * frames], of those places."""
+    x = _stem(encoder, features, places)
     for layer in encoder.layers:
-        x = _layer(layer, x)
+        x = _layer(layer, x, bias)
     return encoder.layer_norm(x)
 
 
-def _stem(encoder, features):
+def _by_layers(encoder, features, kept):
+    """The same by the layers themselves."""
+    x = nn.functional.gelu(encoder.conv1(features))
+    x = nn.functional.gelu(encoder.conv2(x)).transpose(1, 2)
+    x = x + encoder.embed_positions.weight.to(x.device)
+    width = x.shape[-1]
+    x = x.gather(1, kept.places[..., None].expand(-1, -1, width))
+    after = torch.arange(x.shape[1], device=x.device) >= kept.lengths[:, None]
+    mask = kept.bias.masked_fill(after, torch.finfo(torch.float32).min).to(x.dtype)[:, None, None]
+    for layer in encoder.layers:
+        x = layer(x, mask)
+        x = x[0] if isinstance(x, tuple) else x
+    return encoder.layer_norm(x).gather(1, kept.of_all[..., None].expand(-1, -1, width))
+
+
+def _stem(encoder, features, places=None):
     """Both convolutions as products: a row is three neighbouring frames, which lie side by side."""
     mels, frames = features.shape
     padded = features.new_zeros(frames + 4, mels)
     padded[2:-2] = features.T
     heard = multiply(_windows(padded, 1), _matrix_of_convolution(encoder.conv1), activation=ops.GELU)
     heard[0] = heard[-1] = 0
-    return multiply(
-        _windows(heard[:-1], 2), _matrix_of_convolution(encoder.conv2), activation=ops.GELU,
-        residual=encoder.embed_positions.weight.detach(),
-    )  # fmt: skip
+    windows, positions = _windows(heard[:-1], 2), encoder.embed_positions.weight.detach()
+    if places is not None:
+        windows, positions = windows[places], positions[places]
+    return multiply(windows, _matrix_of_convolution(encoder.conv2), activation=ops.GELU, residual=positions)
 
 
 def _windows(frames, step):
@@ -102,7 +139,7 @@ def _matrix_of_convolution(conv):
     return Matrix(packed.of(conv.weight), conv.bias.detach(), packed.format, len(conv.weight))
 
 
-def _layer(layer, x):
+def _layer(layer, x, bias):
     attention, norm = layer.self_attn, layer.self_attn_layer_norm
     shape = (1, len(x), attention.num_heads, attention.head_dim)
     query, key, value = (
@@ -110,7 +147,7 @@ def _layer(layer, x):
         for project in (attention.q_proj, attention.k_proj, attention.v_proj)
     )
     precision = matrix_of(attention.q_proj).format  # the products of frames as those of matrices
-    mixed = ops.encoder_attention(query, key, value, NONE, _NO_LENGTHS, attention.scaling, precision)
+    mixed = ops.encoder_attention(query, key, value, bias, _NO_LENGTHS, attention.scaling, precision)
     x = multiply(mixed.view(x.shape), matrix_of(attention.out_proj), residual=x)
     hidden = multiply(x, matrix_of(layer.fc1), layer.final_layer_norm, ops.GELU)
     return multiply(hidden, matrix_of(layer.fc2), residual=x)
