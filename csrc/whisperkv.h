@@ -121,6 +121,11 @@ struct wkv_cross_attention {
   struct wkv_together *part;    /* [rows * tokens] at most; of the CPU */
   float *sums;                  /* [splits, rows * tokens, heads, channels]; NULL in CUDA if nothing is split */
   float *totals;                /* [splits, rows * tokens, heads, 2]: where exponentials are counted from, their sum */
+
+  /* Of CUDA: with counters the block that is the last to reach its own adds up the ranges, without them a kernel that
+   * comes after. The bits are the same. */
+  uint32_t *counters;           /* [audios, heads, lots]: 0 before the call and after it; or NULL */
+  int64_t lots;
 };
 
 /* ---- on the CPU ---- */
@@ -180,7 +185,7 @@ const char *wkv_cuda_probe(void);
 const char *wkv_cuda_compact_attention(const struct wkv_attention *, void *stream);
 const char *wkv_cuda_score_evict(const struct wkv_eviction *, void *stream);
 const char *wkv_cuda_pack(const struct wkv_packing *, void *stream);
-/* Fills splits. */
+/* Fills splits; counters that it would not use become NULL. */
 void wkv_cuda_cross_plan(struct wkv_cross_attention *);
 const char *wkv_cuda_cross_attention(const struct wkv_cross_attention *, void *stream);
 

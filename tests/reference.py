@@ -138,7 +138,7 @@ def unpack_frames(codes, scales, frames, group, dim):
 
 
 def cross_attention(
-    query, keys, values, key_scales, value_scales, owner, lengths, frames, group, scale, want_weights
+    query, keys, values, key_scales, value_scales, owner, lengths, counters, frames, group, scale, want_weights
 ):  # fmt: skip
     """query: [rows, tokens, heads, dim]; keys, values: [audios, heads, frames, dim], or codes. What is packed is
     unpacked, so the kernels, which round queries and weights too, are held to it loosely, and tightly to
@@ -164,7 +164,7 @@ def round_to_bytes(x):
 
 
 def cross_attention_in_bytes(
-    query, keys, values, key_scales, value_scales, owner, lengths, frames, group, scale, want_weights
+    query, keys, values, key_scales, value_scales, owner, lengths, counters, frames, group, scale, want_weights
 ):  # fmt: skip
     """The same of a packed cache with the roundings of the kernels, in float64: in each block of frames the query,
     times the steps of the keys, becomes bytes, and so do the weights. Codes count from the middle, which is added

@@ -38,8 +38,8 @@ from whisperkv import ops
 BITS = [0, 8, 4]
 PACKING = ("states", "lengths", "bits", "group")
 CROSS = (
-    "query", "keys", "values", "key_scales", "value_scales", "owner", "lengths", "frames", "group", "scale",
-    "want_weights",
+    "query", "keys", "values", "key_scales", "value_scales", "owner", "lengths", "counters", "frames", "group",
+    "scale", "want_weights",
 )  # fmt: skip
 # Of a packed cache, from what exact attention over the same codes gives: rounding a query and the weights to bytes
 # moves an output by this part of its channel's standard deviation, at most and on average over a call. Measured over
@@ -75,8 +75,8 @@ def problem(
     _, values, value_scales = (states, keys, key_scales) if latent else cache()
     return dict(
         query=normal(rows, tokens, heads, dim).to(dtype), keys=keys, values=values, key_scales=key_scales,
-        value_scales=value_scales, owner=owner, lengths=lengths, frames=frames, group=group, scale=dim**-0.5,
-        want_weights=True, states=states, bits=bits or 8,
+        value_scales=value_scales, owner=owner, lengths=lengths, counters=torch.zeros(audios * heads * 2).int(),
+        frames=frames, group=group, scale=dim**-0.5, want_weights=True, states=states, bits=bits or 8,
     )  # fmt: skip
 
 
@@ -112,7 +112,7 @@ def check(given):
     """cross_attention against the reference."""
     before = copy(given)
     output, weights = attend(given)
-    for name in CROSS[:7]:
+    for name in CROSS[:8]:
         assert_same_bits(given[name], before[name])
     tolerance = TOLERANCE[output.dtype]
     assert (weights.shape, weights.dtype) == ((*before["query"].shape[:3:2], *weights.shape[2:]), torch.float32)
@@ -518,6 +518,9 @@ BAD_CROSS = [
     ("lengths", resized(0), r"\[audios=2\], got \[3\]"),
     ("length", set_first(0), r"length of audio 0 must be in 1\.\.90 frames, got 0"),
     ("length", set_first(91), r"length of audio 0 must be in 1\.\.90 frames, got 91"),
+    ("counters", torch.Tensor.long, "int32, got int64"),
+    ("counters", lambda t: t[None], r"\[counters\], got \[1, 8\]"),
+    ("counters", strided, "counters must be contiguous"),
     *(("scale", lambda _, x=x: x, "scale must be finite") for x in (float("nan"), float("inf"), 1e300)),
 ]
 BAD_PLAIN = BAD_CROSS + [
@@ -603,6 +606,14 @@ def test_bad_input(call, op, bits, argument, change, text):
     check(given)
 
 
+@of_the_cpu
+@pytest.mark.parametrize("other", ["lengths", "owner"])
+def test_counters_have_memory_of_their_own(other):
+    given = problem()
+    with pytest.raises(RuntimeError, match=f"counters must have memory of its own.* shares some with {other}"):
+        attend(given | dict(counters=given[other]))
+
+
 @pytest.mark.parametrize("change, text", BAD_TOGETHER)
 def test_codes_of_another_size(change, text):
     given = problem(bits=8)
@@ -641,7 +652,7 @@ def test_too_wide_heads_for_a_packed_cache(bits):
         attend_fresh(given, given["states"], bits)
 
 
-@pytest.mark.parametrize("name", [*CROSS[:7], "states"])
+@pytest.mark.parametrize("name", [*CROSS[:8], "states"])
 @pytest.mark.parametrize("change", [lambda t: t.to("meta"), torch.Tensor.to_sparse], ids=["meta", "sparse"])
 def test_not_a_plain_cpu_tensor(name, change):
     given = problem(bits=8)
@@ -798,6 +809,7 @@ BAD_SHAPES = [
     (attend, 0, "owner", torch.Tensor.long, "int32 .* got torch.int64"),
     (attend, 0, "owner", resized(0), r"with rows=3, got \[4\]"),
     (attend, 0, "lengths", resized(0), r"with audios=2, got \[3\]"),
+    (attend, 0, "counters", torch.Tensor.long, "int32 .* got torch.int64"),
     (attend, 8, "keys", resized(1), r"with heads=2, got \[2, 3, 6, 16, 64\]"),
     (attend, 8, "values", resized(2), r"with tiles=6, got \[2, 2, 7, 16, 64\]"),
     (attend, 8, "values", resized(4, 32), r"with channels=64, got \[2, 2, 6, 16, 96\]"),
@@ -870,6 +882,20 @@ class TestOfCuda:
         for sound, spoilt in list(zip(attend(given), attend(broken)))[: 1 + want_weights]:
             assert_same_bits(sound[0::2], spoilt[0::2])
             assert not spoilt[1::2].any()
+
+    @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+    @pytest.mark.parametrize("bits", BITS)
+    @pytest.mark.parametrize("tokens, want_weights", [(1, False), (70, True)])
+    def test_who_adds_up_the_ranges(self, tokens, want_weights, bits, dtype):
+        """The last block or another kernel: the bits are the same, and the counters are 0 again."""
+        given = problem(rows=3, tokens=tokens, frames=300, bits=bits, dtype=dtype) | dict(want_weights=want_weights)
+        wanted = attend(given | dict(counters=torch.empty(0).int()))
+        for count in (3, 4, 9, 50):  # for 4 heads of audios
+            counters = torch.zeros(count).int()
+            for _ in range(2):
+                for ours, theirs in zip(attend(given | dict(counters=counters)), wanted):
+                    assert_same_bits(ours, theirs)
+                assert not counters.any()
 
     def test_what_has_no_kernel_is_named(self):
         """Heads wider than any Whisper: refused by name, and the next call works."""

@@ -21,6 +21,7 @@ from .config import CrossConfig
 from .graph_memory import apart
 from .views import Onlookers, View
 
+COUNTERS = 128  # of each audio for cross_attention(): a few for each head
 ROOM = 128  # a home has room for a multiple of so many frames, that audios trimmed to other lengths may follow in it
 
 
@@ -100,6 +101,7 @@ class Audios:
     kept     int64 [audios, frames]: where they stood in the encoder's output; None if all are kept
     heard    frames in the encoder's output
     room     frames that the matrices have room for
+    counters int32, zeros between the calls of cross_attention()
     home     where graphs expect all this; None if no step is to be captured
     """
 
@@ -114,9 +116,10 @@ class Audios:
 
     def __post_init__(self):
         self.room = self.frames
+        self.counters = torch.zeros(len(self) * COUNTERS, dtype=torch.int32, device=self.lengths.device)
 
     def __getstate__(self):
-        return {**vars(self), "home": None, "lengths": apart(self.lengths)}
+        return {**vars(self), "home": None, "lengths": apart(self.lengths), "counters": apart(self.counters)}
 
     @classmethod
     def gather(cls, states, owners, keep, layers, record):
@@ -136,7 +139,8 @@ class Audios:
     def move_to(self, home):
         """Before anything is held."""
         home.lengths.copy_(self.lengths)
-        self.home, self.lengths, self.room = home, home.lengths, home.room
+        home.counters.zero_()
+        self.home, self.lengths, self.counters, self.room = home, home.lengths, home.counters, home.room
 
     def hold(self, states, config, layer, part):
         """The Matrix of states [audios, frames, heads, dim], as keys (part 0) or values (1) of a layer."""
@@ -189,7 +193,8 @@ class CrossLayout(NamedTuple):
         else:
             data = (*shape, self.room, self.head_dim), self.dtype
             scales = (matrices, 0), torch.float32
-        return {"data": data, "scales": scales, "lengths": ((self.audios,), torch.int32)}
+        integers = {"lengths": self.audios, "counters": self.audios * COUNTERS}
+        return {"data": data, "scales": scales, **{name: ((size,), torch.int32) for name, size in integers.items()}}
 
 
 class CrossHome:
@@ -197,7 +202,8 @@ class CrossHome:
 
     def __init__(self, lease):
         layout = lease.layout
-        self.lease, self.key, self.lengths, self.room = lease, lease.key, lease.tensors["lengths"], layout.room
+        self.lease, self.key, self.room = lease, lease.key, layout.room
+        self.lengths, self.counters = lease.tensors["lengths"], lease.tensors["counters"]
         tensors = zip(lease.tensors["data"], lease.tensors["scales"])
         matrices = [Matrix(data, scales, layout.config.bits) for data, scales in tensors]
         if layout.config.is_latent:
@@ -392,7 +398,7 @@ class CrossCacheLayer(CacheLayerMixin):
         keys, values, audios = self.keys_of_audios, self.values_of_audios, self.audios
         return ops.cross_attention(
             query, keys.data, values.data, keys.scales, values.scales, self.owner, audios.lengths,
-            audios.room, self.config.group, scale, want_weights,
+            audios.counters, audios.room, self.config.group, scale, want_weights,
         )  # fmt: skip
 
     def _attend_latent(self, query, scale, attention, want_weights):

@@ -82,7 +82,6 @@ _ATTENTION = {
     "keys": (None, "rows heads slots dim"),
     "values": (None, "rows heads slots dim"),
     "cursor": (torch.int32, "cursors rows"),
-    "sources": (torch.int32, "rows slots"),  # or empty
 }
 _EVICTION = {
     "weights": (torch.float32, "rows heads tokens slots"),
@@ -106,12 +105,15 @@ _CROSS_PACKED = {
     "key_scales": (torch.float32, "audios heads groups two channels"),
     "value_scales": (torch.float32, "audios heads groups two channels"),
 }
+_MAY_BE_EMPTY = {"sources": (torch.int32, "rows slots"), "counters": (torch.int32, "counters")}
 
 
-def _sizes(op, layout, *tensors):
+def _sizes(op, layout, *tensors, **others):
     """The sizes by name; what the C code refuses is refused here too."""
     sizes, cache_dtype, device = {"cursors": 4, "two": 2}, None, tensors[0].device
-    for (name, (dtype, shape)), tensor in zip(layout.items(), tensors):
+    given = {**dict(zip(layout, tensors)), **{name: each for name, each in others.items() if 0 not in each.shape}}
+    for name, tensor in given.items():
+        dtype, shape = {**layout, **_MAY_BE_EMPTY}[name]
         shape = shape.split()
         if dtype is None:
             dtype = cache_dtype = cache_dtype or tensor.dtype
@@ -129,8 +131,7 @@ def _sizes(op, layout, *tensors):
 
 @torch.library.register_fake(compact_attention)
 def _(query, key, value, keys, values, cursor, sources, scale, want_weights):
-    table = [] if 0 in sources.shape else [sources]
-    sizes = _sizes(compact_attention, _ATTENTION, query, key, value, keys, values, cursor, *table)
+    sizes = _sizes(compact_attention, _ATTENTION, query, key, value, keys, values, cursor, sources=sources)
     weights = [sizes[side] for side in ("rows", "heads", "tokens", "slots")] if want_weights else [0]
     return query.new_empty(query.shape), query.new_empty(weights, dtype=torch.float32)
 
@@ -150,10 +151,10 @@ def _(states, lengths, bits, group):
 
 
 @torch.library.register_fake(cross_attention)
-def _(query, keys, values, key_scales, value_scales, owner, lengths, frames, group, scale, want_weights):
+def _(query, keys, values, key_scales, value_scales, owner, lengths, counters, frames, group, scale, want_weights):
+    given = query, keys, values, owner, lengths
     if keys.dtype == torch.uint8:
-        given = (query, keys, values, owner, lengths, key_scales, value_scales)
-        sizes = _sizes(cross_attention, _CROSS_PACKED, *given)
+        sizes = _sizes(cross_attention, _CROSS_PACKED, *given, key_scales, value_scales, counters=counters)
         text = f"{cross_attention.name()}: query must have at most {MOST_CHANNELS} channels, got {sizes['dim']}"
         torch._check(sizes["dim"] <= MOST_CHANNELS, lambda text=text: text)
         for side, allowed in (
@@ -167,7 +168,7 @@ def _(query, keys, values, key_scales, value_scales, owner, lengths, frames, gro
             )
             torch._check(sizes[side] in allowed, lambda text=text: text)
     else:
-        sizes = _sizes(cross_attention, _CROSS, query, keys, values, owner, lengths)
+        sizes = _sizes(cross_attention, _CROSS, *given, counters=counters)
         frames = sizes["frames"]
     weights = [sizes["rows"], sizes["heads"], sizes["tokens"], frames] if want_weights else [0]
     return query.new_empty(query.shape), query.new_empty(weights, dtype=torch.float32)

@@ -7,10 +7,12 @@
 #include "memory.h"
 #include "torch_shim.h"
 
-enum size { ROWS, TOKENS, HEADS, SLOTS, DIM, CURSORS, AUDIOS, FRAMES, TILES, STRIP, CHANNELS, GROUPS, PAIR, SIZES };
+enum size {
+  ROWS, TOKENS, HEADS, SLOTS, DIM, CURSORS, AUDIOS, FRAMES, TILES, STRIP, CHANNELS, GROUPS, PAIR, COUNTED, SIZES
+};
 
 enum { UNKNOWN = -1, CACHE = TORCH_DTYPE_COUNT };
-enum { MAX_DIM = 5, MAX_TENSORS = 7, MAX_RESULTS = 2, MAX_BORROWED = 2, ERROR_SIZE = 512 };
+enum { MAX_DIM = 5, MAX_TENSORS = 8, MAX_RESULTS = 2, MAX_BORROWED = 2, ERROR_SIZE = 512 };
 
 struct argument {
   const char *name;

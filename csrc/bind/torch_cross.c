@@ -49,11 +49,12 @@ static bool pack_frames(struct call *const call, const StableIValue *const numbe
 
 /* ---- cross_attention ---- */
 
-enum { QUERY, KEYS, VALUES, KEY_SCALES, VALUE_SCALES, OWNER, LENGTHS, CROSS_TENSORS };
+enum { QUERY, KEYS, VALUES, KEY_SCALES, VALUE_SCALES, OWNER, LENGTHS, COUNTERS, CROSS_TENSORS };
 
 #define QUERY_ARGUMENT {"query", CACHE, 4, {ROWS, TOKENS, HEADS, DIM}}
 #define OWNER_ARGUMENT {"owner", TORCH_DTYPE_int32, 1, {ROWS}}
 #define LENGTHS_ARGUMENT {"lengths", TORCH_DTYPE_int32, 1, {AUDIOS}}
+#define COUNTERS_ARGUMENT {"counters", TORCH_DTYPE_int32, 1, {COUNTED}}
 
 static const struct argument plain_arguments[CROSS_TENSORS] = {
     [QUERY] = QUERY_ARGUMENT,
@@ -61,6 +62,7 @@ static const struct argument plain_arguments[CROSS_TENSORS] = {
     [VALUES] = {"values", CACHE, 4, {AUDIOS, HEADS, FRAMES, DIM}},
     [OWNER] = OWNER_ARGUMENT,
     [LENGTHS] = LENGTHS_ARGUMENT,
+    [COUNTERS] = COUNTERS_ARGUMENT,
 };
 static const struct argument packed_arguments[CROSS_TENSORS] = {
     [QUERY] = QUERY_ARGUMENT,
@@ -70,6 +72,7 @@ static const struct argument packed_arguments[CROSS_TENSORS] = {
     [VALUE_SCALES] = {"value_scales", TORCH_DTYPE_float32, 5, {AUDIOS, HEADS, GROUPS, PAIR, CHANNELS}},
     [OWNER] = OWNER_ARGUMENT,
     [LENGTHS] = LENGTHS_ARGUMENT,
+    [COUNTERS] = COUNTERS_ARGUMENT,
 };
 
 /* A packed cache is as large as `frames` and `group` say. */
@@ -99,14 +102,17 @@ static bool cross_attention(struct call *const call, const StableIValue *const n
   const int64_t frames = (int64_t)numbers[0], group = (int64_t)numbers[1];
   const double scale = as_double(numbers[2]);
   const bool want_weights = as_bool(numbers[3]);
-  for (int i = 0; i < CROSS_TENSORS; i++)
-    if (arguments[i].name && !accept(call, i, &arguments[i], true)) return false;
+  for (int i = 0; i < CROSS_TENSORS; i++) {
+    const bool is_left_out = i == COUNTERS && is_empty(call, i);
+    if (arguments[i].name && !is_left_out && !accept(call, i, &arguments[i], true)) return false;
+  }
   if (is_packed && (!is_group(call, group) || !fits(call, frames, group))) return false;
   const int64_t *const size = call->sizes, none = 0;
   const int64_t output_shape[] = {size[ROWS], size[TOKENS], size[HEADS], size[DIM]};
   const int64_t weights_shape[] = {size[ROWS], size[HEADS], size[TOKENS], size[FRAMES]};
   void *output, *weights;
-  if (!is_finite(call, "scale", scale) || !needs_no_grad(call, arguments, CROSS_TENSORS) ||
+  if (!is_finite(call, "scale", scale) || !are_apart(call, arguments, CROSS_TENSORS, 1u << COUNTERS) ||
+      !needs_no_grad(call, arguments, CROSS_TENSORS) ||
       !new_result(call, 0, 4, output_shape, call->cache_dtype, &output) ||
       !new_result(call, 1, want_weights ? 4 : 1, want_weights ? weights_shape : &none, TORCH_DTYPE_float32, &weights))
     return false;
@@ -130,6 +136,8 @@ static bool cross_attention(struct call *const call, const StableIValue *const n
       .output = output,
       .weights = want_weights ? weights : NULL,
       .scale = (float)scale,
+      .counters = call->data[COUNTERS],
+      .lots = size[COUNTED] / (size[AUDIOS] * size[HEADS]),
   };
   return device_attend_cross(call, &attention);
 }
@@ -138,8 +146,12 @@ const struct torch_op pack_frames_op = {
     "pack_frames", "pack_frames(Tensor states, Tensor lengths, int bits, SymInt group) -> (Tensor, Tensor)",
     pack_frames, PACKING_TENSORS, 2};
 
+/* counters: zeros, which they are again when the call is done; one for each audio and head, or a few where there are
+ * many queries. Calls that may run at the same time need their own. The CPU has no use for them, and they may be left
+ * empty; on CUDA another kernel is launched then. */
 const struct torch_op cross_attention_op = {
     "cross_attention",
     "cross_attention(Tensor query, Tensor keys, Tensor values, Tensor key_scales, Tensor value_scales, Tensor owner, "
-    "Tensor lengths, SymInt frames, SymInt group, float scale, bool want_weights) -> (Tensor, Tensor)",
+    "Tensor lengths, Tensor(a!) counters, SymInt frames, SymInt group, float scale, bool want_weights) -> (Tensor, "
+    "Tensor)",
     cross_attention, CROSS_TENSORS, 2};

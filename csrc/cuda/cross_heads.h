@@ -7,7 +7,7 @@
 #ifndef WHISPERKV_CUDA_CROSS_HEADS_H
 #define WHISPERKV_CUDA_CROSS_HEADS_H
 #include "codes.h"
-#include "queries.h"
+#include "ranges.h"
 #include "tiles.h"
 
 namespace heads {
@@ -417,30 +417,26 @@ template <class P>
 __global__ void __launch_bounds__(THREADS, P::BLOCKS) attend(const struct wkv_cross_attention a, const int lots) {
   DYNAMIC_SHARED(memory_of_block);
   room<P> *const memory = (room<P> *)memory_of_block;
-  const int lot = blockIdx.x % lots, lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
+  const int lot = blockIdx.x % lots, warp = threadIdx.x / WARP;
   const int64_t place = blockIdx.x / lots, split = place % a.splits, matrix = place / a.splits;
   const int64_t audio = matrix / a.heads, head = matrix % a.heads;
   const int length = a.lengths[audio] < a.frames ? a.lengths[audio] : (int)a.frames;
   const int64_t tiles = count_of(length, P::FRAMES), parts = a.splits * WARPS, part = split * WARPS + warp;
   const int begin = (int)(tiles * part / parts) * P::FRAMES, end = (int)(tiles * (part + 1) / parts) * P::FRAMES;
-  if (audio == 0 && lot == 0 && !a.sums) clear_strays<typename P::T>(a, head, threadIdx.x, THREADS);
+  if (audio == 0 && lot == 0 && split == 0) clear_strays<typename P::T>(a, head, threadIdx.x, THREADS);
   for (int skipped = lot * P::QUERIES;; skipped += lots * P::QUERIES) {
-    if (warp == 0) {
-      const int found = find_queries(a, audio, lane, skipped, P::QUERIES, memory->number);
-      if (lane == 0) memory->found = found;
-    }
-    __syncthreads();
-    const int queries = memory->found;
-    if (queries <= 0) return;
+    const int queries = find_together(a, audio, skipped, P::QUERIES, memory->number, &memory->found);
+    if (queries <= 0) break;
     go_over<P>(a, memory, matrix, head, queries, begin, end, length);
     __syncthreads();
     store<P>(a, memory, head, split, queries);
     __syncthreads(); /* the numbers of the queries are found anew */
   }
+  finish_lot<typename P::T, P::QUERIES>(a, matrix, lot, lots, memory->number, &memory->found);
 }
 
 template <class P> const char *launch_plan(const struct wkv_cross_attention *const a, const cudaStream_t stream) {
-  const int lots = (int)count_of(count_of(a->rows * a->tokens, a->audios), P::QUERIES);
+  const int lots = lots_of(a, P::QUERIES);
   const char *const refused = allow_shared((const void *)attend<P>, sizeof(room<P>));
   if (refused) return refused;
   const dim3 grid(a->audios * a->heads * a->splits * lots);

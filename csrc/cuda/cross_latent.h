@@ -455,14 +455,9 @@ __global__ void __launch_bounds__(THREADS, 1) attend(const struct wkv_cross_atte
   b.length = a.lengths[audio] < a.frames ? a.lengths[audio] : (int)a.frames;
   const int64_t tiles = count_of(b.length, FRAMES);
   const int begin = (int)(tiles * split / a.splits) * FRAMES, end = (int)(tiles * (split + 1) / a.splits) * FRAMES;
-  if (audio == 0 && lot == 0 && !a.sums) clear_strays<typename P::T>(a, b.head, threadIdx.x, THREADS);
+  if (audio == 0 && lot == 0 && split == 0) clear_strays<typename P::T>(a, b.head, threadIdx.x, THREADS);
   for (int skipped = lot * QUERIES;; skipped += lots * QUERIES) {
-    if (b.warp == 0) {
-      const int found = find_queries(a, audio, b.lane, skipped, QUERIES, memory->number);
-      if (b.lane == 0) memory->found = found;
-    }
-    __syncthreads();
-    b.queries = memory->found;
+    b.queries = find_together(a, audio, skipped, QUERIES, memory->number, &memory->found);
     if (b.queries <= 0) return;
     attend_some<P>(b, a, split, begin, end, memory);
     __syncthreads(); /* the numbers of the queries are found anew */
@@ -472,7 +467,7 @@ __global__ void __launch_bounds__(THREADS, 1) attend(const struct wkv_cross_atte
 template <class T, int BITS>
 const char *launch(const struct wkv_cross_attention *const a, const cudaStream_t stream) {
   typedef plan<T, BITS> P;
-  const int lots = (int)count_of(count_of(a->rows * a->tokens, a->audios), QUERIES);
+  const int lots = lots_of(a, QUERIES);
   const size_t bytes = sizeof(room<P>) + 2 * a->head_dim * P::BYTES;
   const char *const refused = allow_shared((const void *)attend<P>, bytes);
   if (refused) return refused;
