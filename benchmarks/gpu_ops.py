@@ -102,9 +102,9 @@ def packed(states, lengths, config):
 
 
 def attend_cache(keys, values, key_scales, value_scales, owner, lengths, counters, group, query):
-    scale = query.shape[-1] ** -0.5
+    scale, bias = query.shape[-1] ** -0.5, query.new_empty(0, dtype=torch.float32)
     return ops.cross_attention(
-        query, keys, values, key_scales, value_scales, owner, lengths, counters, FRAMES, group, scale, False
+        query, keys, values, key_scales, value_scales, owner, lengths, bias, counters, FRAMES, group, scale, False
     )[0]  # fmt: skip
 
 

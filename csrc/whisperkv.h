@@ -111,6 +111,7 @@ struct wkv_cross_attention {
   const float *key_scales, *value_scales; /* of a packed cache */
   const int32_t *owner;         /* [rows]: the audio of each row */
   const int32_t *lengths;       /* [audios]: frames in use, 1 or more */
+  const float *bias;            /* [audios, frames]: added to the logits, log n where a frame stands for n; or NULL */
   void *output;                 /* [rows, tokens, heads, head_dim] */
   float *weights;               /* [rows, heads, tokens, frames], 0 from lengths on; NULL if not wanted */
   float scale;                  /* of the query, which in bfloat16 may be rounded again */

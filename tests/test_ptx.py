@@ -32,6 +32,7 @@ CROSS = {
     "more queries than lots": dict(rows=40, heads=2, audios=2, frames=70, splits=3),
     "groups": dict(rows=1, frames=200, group=32),
     "small groups": dict(rows=2, frames=70, group=16),
+    "frames that stand for several": dict(rows=3, frames=75, audios=2, lengths=[75, 41], weights=True, biased=True),
     "rows of no audio": dict(rows=3, frames=20, owner=[0, 9, -1]),
     "an odd width": dict(rows=2, frames=70, dim=40, group=64),
 }
@@ -46,13 +47,13 @@ def test_cross_attention(problem, bits):
 @BITS
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_cross_attention_in_other_dtypes(dtype, bits):
-    kernels.Cross(bits, dtype, rows=2, frames=70).check()
+    kernels.Cross(bits, dtype, rows=2, frames=70, biased=bits == 8).check()
 
 
 @BITS
 @pytest.mark.parametrize("dim", [384, 1280])
 def test_latent(bits, dim):
-    kernels.Cross(bits, rows=1, tokens=dim // 64, dim=dim, frames=36, latent=True).check()
+    kernels.Cross(bits, rows=1, tokens=dim // 64, dim=dim, frames=36, latent=True, biased=dim == 384).check()
 
 
 @all_of_it

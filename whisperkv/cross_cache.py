@@ -99,6 +99,7 @@ class Audios:
     states   [audios, frames, width], of the frames that are kept; let go once the last layer has its keys and values
     lengths  int32 [audios]: how many that is of each
     kept     int64 [audios, frames]: where they stood in the encoder's output; None if all are kept
+    bias     float32 [audios, frames]: log n of a frame that stands for n; empty if each is one
     heard    frames in the encoder's output
     room     frames that the matrices have room for
     counters int32, zeros between the calls of cross_attention()
@@ -116,6 +117,7 @@ class Audios:
 
     def __post_init__(self):
         self.room = self.frames
+        self.bias = torch.empty(0, device=self.lengths.device)
         self.counters = torch.zeros(len(self) * COUNTERS, dtype=torch.int32, device=self.lengths.device)
 
     def __getstate__(self):
@@ -398,7 +400,7 @@ class CrossCacheLayer(CacheLayerMixin):
         keys, values, audios = self.keys_of_audios, self.values_of_audios, self.audios
         return ops.cross_attention(
             query, keys.data, values.data, keys.scales, values.scales, self.owner, audios.lengths,
-            audios.counters, audios.room, self.config.group, scale, want_weights,
+            audios.bias, audios.counters, audios.room, self.config.group, scale, want_weights,
         )  # fmt: skip
 
     def _attend_latent(self, query, scale, attention, want_weights):

@@ -105,12 +105,18 @@ _CROSS_PACKED = {
     "key_scales": (torch.float32, "audios heads groups two channels"),
     "value_scales": (torch.float32, "audios heads groups two channels"),
 }
-_MAY_BE_EMPTY = {"sources": (torch.int32, "rows slots"), "counters": (torch.int32, "counters")}
+_MAY_BE_EMPTY = {
+    "sources": (torch.int32, "rows slots"),
+    "bias": (torch.float32, "audios frames"),
+    "counters": (torch.int32, "counters"),
+}
 
 
-def _sizes(op, layout, *tensors, **others):
-    """The sizes by name; what the C code refuses is refused here too."""
+def _sizes(op, layout, *tensors, frames=None, **others):
+    """The sizes by name; what the C code refuses is refused here too. Others may be empty."""
     sizes, cache_dtype, device = {"cursors": 4, "two": 2}, None, tensors[0].device
+    if frames is not None:
+        sizes["frames"] = frames
     given = {**dict(zip(layout, tensors)), **{name: each for name, each in others.items() if 0 not in each.shape}}
     for name, tensor in given.items():
         dtype, shape = {**layout, **_MAY_BE_EMPTY}[name]
@@ -151,10 +157,12 @@ def _(states, lengths, bits, group):
 
 
 @torch.library.register_fake(cross_attention)
-def _(query, keys, values, key_scales, value_scales, owner, lengths, counters, frames, group, scale, want_weights):
-    given = query, keys, values, owner, lengths
+def _(
+    query, keys, values, key_scales, value_scales, owner, lengths, bias, counters, frames, group, scale, want_weights
+):  # fmt: skip
+    given, others = (query, keys, values, owner, lengths), dict(bias=bias, counters=counters)
     if keys.dtype == torch.uint8:
-        sizes = _sizes(cross_attention, _CROSS_PACKED, *given, key_scales, value_scales, counters=counters)
+        sizes = _sizes(cross_attention, _CROSS_PACKED, *given, key_scales, value_scales, frames=frames, **others)
         text = f"{cross_attention.name()}: query must have at most {MOST_CHANNELS} channels, got {sizes['dim']}"
         torch._check(sizes["dim"] <= MOST_CHANNELS, lambda text=text: text)
         for side, allowed in (
@@ -168,7 +176,7 @@ def _(query, keys, values, key_scales, value_scales, owner, lengths, counters, f
             )
             torch._check(sizes[side] in allowed, lambda text=text: text)
     else:
-        sizes = _sizes(cross_attention, _CROSS, *given, counters=counters)
+        sizes = _sizes(cross_attention, _CROSS, *given, **others)
         frames = sizes["frames"]
     weights = [sizes["rows"], sizes["heads"], sizes["tokens"], frames] if want_weights else [0]
     return query.new_empty(query.shape), query.new_empty(weights, dtype=torch.float32)

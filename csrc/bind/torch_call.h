@@ -12,7 +12,7 @@ enum size {
 };
 
 enum { UNKNOWN = -1, CACHE = TORCH_DTYPE_COUNT };
-enum { MAX_DIM = 5, MAX_TENSORS = 8, MAX_RESULTS = 2, MAX_BORROWED = 2, ERROR_SIZE = 512 };
+enum { MAX_DIM = 5, MAX_TENSORS = 9, MAX_RESULTS = 2, MAX_BORROWED = 2, ERROR_SIZE = 512 };
 
 struct argument {
   const char *name;

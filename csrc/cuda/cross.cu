@@ -192,6 +192,7 @@ __device__ void soften(const struct block &b, const struct wkv_cross_attention &
       float sum = 0;
       for (int slice = 0; slice < b.slices; slice++) sum += r.logits[(slice * QUERIES + query) * P::LINE + frame];
       logit[i] = sum * a.scale;
+      if (a.bias) logit[i] += a.bias[b.audio * a.frames + first + frame];
       top = fmaxf(top, logit[i]);
       if (a.weights) {
         const int64_t row = r.number[query] / a.tokens, token = r.number[query] % a.tokens;

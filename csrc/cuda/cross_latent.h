@@ -46,6 +46,7 @@ template <class P> struct __align__(16) room {
 /* What does not change over a block. */
 struct block {
   int64_t matrix, head;
+  const float *bias;              /* of the audio's frames, or NULL */
   int dim, length, queries, units; /* units: of this warp */
   int lane, warp;
 };
@@ -173,6 +174,7 @@ INLINE void soften(const struct block &b, const struct wkv_cross_attention &a, s
 #pragma unroll
     for (int part = 0; part < WARPS; part++) logit += memory->parts[part][query][n];
     logit *= a.scale / LOG_2;
+    if (b.bias && frame < b.length) logit += b.bias[frame] * (1 / LOG_2);
     if (a.weights && query < b.queries && frame < b.length) {
       const int64_t row = memory->number[query] / a.tokens, token = memory->number[query] % a.tokens;
       a.weights[((row * a.heads + b.head) * a.tokens + token) * a.frames + frame] = logit * LOG_2;
@@ -452,6 +454,7 @@ __global__ void __launch_bounds__(THREADS, 1) attend(const struct wkv_cross_atte
   b.warp = threadIdx.x / WARP;
   b.units = (b.dim / UNIT - b.warp + WARPS - 1) / WARPS;
   const int64_t audio = b.matrix / a.heads;
+  b.bias = a.bias ? a.bias + audio * a.frames : NULL;
   b.length = a.lengths[audio] < a.frames ? a.lengths[audio] : (int)a.frames;
   const int64_t tiles = count_of(b.length, FRAMES);
   const int begin = (int)(tiles * split / a.splits) * FRAMES, end = (int)(tiles * (split + 1) / a.splits) * FRAMES;

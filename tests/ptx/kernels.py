@@ -79,10 +79,12 @@ class Cross:
     """A problem of cross-attention, in memory."""
 
     def __init__(self, bits=0, dtype="float16", rows=5, tokens=1, heads=1, dim=64, audios=1, frames=80, lengths=None,
-                 splits=1, group=64, weights=False, latent=False, owner=None, seed=0, offset=0, lots=1):  # fmt: skip
+                 splits=1, group=64, weights=False, latent=False, owner=None, seed=0, offset=0, lots=1,
+                 biased=False):  # fmt: skip
         draw = np.random.default_rng(seed)
         self.sizes = dict(rows=rows, tokens=tokens, heads=heads, head_dim=dim, audios=audios, frames=frames)
         self.dtype, self.bits, self.splits, self.group, self.latent = dtype, bits, splits, group, latent
+        self.biased = biased
         self.lengths = np.array(lengths or [frames] * audios, np.int32)
         self.owner = np.array(owner if owner is not None else np.arange(rows) % audios, np.int32)
         self.query = rounded(draw.standard_normal((rows, tokens, heads, dim)), dtype)
@@ -101,12 +103,14 @@ class Cross:
         keys, key_scales, self.keys = cache()
         values, value_scales, self.values = (keys, key_scales, self.keys) if latent else cache()
         lines = splits * rows * tokens * heads
+        self.bias = np.log(draw.integers(1, 17, (audios, frames))).astype(np.float32) * biased
         nothing = functools.partial(np.full, fill_value=np.nan, dtype=np.float32)
         is_split = splits > 1 or weights
         self.lots = lots if is_split and dim <= 64 else 0  # of counters
         self.addresses = dict(
             query=put(self.query), keys=keys, values=values, key_scales=key_scales, value_scales=value_scales,
-            owner=put(self.owner), lengths=put(self.lengths), output=put(rounded(nothing(self.query.shape), dtype)),
+            owner=put(self.owner), lengths=put(self.lengths), bias=put(self.bias) if biased else 0,
+            output=put(rounded(nothing(self.query.shape), dtype)),
             weights=put(nothing((rows, heads, tokens, frames))) if weights else 0,
             sums=put(nothing((lines, up(dim, 32)))) if is_split else 0,
             totals=put(nothing((lines, 2))) if is_split else 0,
@@ -134,7 +138,7 @@ class Cross:
             lots, frames = self.lots_of(together), 32 if bits else 16
             tiles = 4 * 2 * 2 * frames * 64 * (bits or 16) // 8
             shared = up(tiles + 4 * together * (68 + 2) * 4 + together * 4 + 4, 16)
-            name = ("heads", "attend", f"{MANGLED[dtype]}Li{bits}ELi{together}E")
+            name = ("heads", "attend", f"{MANGLED[dtype]}Li{bits}ELi{together}ELb{int(self.biased)}E")
             return name, blocks * lots, 128, shared, np.int32(lots).tobytes()
         if self.latent and dtype != "float32" and 64 < dim <= 1280 and dim % 64 == 0:
             lots = self.lots_of(24)
@@ -187,6 +191,7 @@ class Cross:
                 length = self.lengths[audio]
                 keys, values = (x[audio, head, :length].astype(np.float64) for x in (self.keys, self.values))
                 logits = floats(self.query)[row, :, head] @ keys.T * self.sizes["head_dim"] ** -0.5
+                logits += self.bias[audio, :length]
                 weight = np.exp(logits - logits.max(1, keepdims=True))
                 weights[row, head, :, :length] = weight = weight / weight.sum(1, keepdims=True)
                 wanted[row, :, head] = weight @ values
