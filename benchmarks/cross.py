@@ -178,8 +178,8 @@ def op_calls(layer, shape, dtype):
 
     def alone():
         ops.cross_attention(
-            query, keys.data, values.data, keys.scales, values.scales, layer.owner, layer.audios.lengths, FRAMES,
-            layer.config.group, 1.0, False,
+            query, keys.data, values.data, keys.scales, values.scales, layer.owner, layer.audios.lengths,
+            layer.audios.bias, layer.audios.counters, FRAMES, layer.config.group, 1.0, False,
         )  # fmt: skip
 
     if not latent:

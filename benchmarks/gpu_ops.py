@@ -9,6 +9,7 @@ from device import by_turns, forget
 
 from whisperkv import CrossConfig, ops
 from whisperkv.config import FORMATS
+from whisperkv.cross_cache import COUNTERS
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 FRAMES, HEAD_DIM = 1500, 64
@@ -77,7 +78,8 @@ def cross_case(batch, beams, heads, like):
             for _ in range(1 if config.is_latent else 2)
         ]
         (keys, key_scales), (values, value_scales) = caches[0], caches[-1]
-        attend = partial(attend_cache, keys, values, key_scales, value_scales, owner, lengths, config.group)
+        counters = torch.zeros(batch * COUNTERS, dtype=torch.int32, device=device)
+        attend = partial(attend_cache, keys, values, key_scales, value_scales, owner, lengths, counters, config.group)
         asked = torch.randn(rows, heads, 1, width, **like) if config.is_latent else query
         calls["cross_attention", form] = partial(attend, asked)
         sizes["cross_attention", form] = sum(part.nbytes for cache in caches for part in cache)
@@ -99,10 +101,10 @@ def packed(states, lengths, config):
     return states.transpose(1, 2).contiguous(), torch.empty(0, device=states.device)
 
 
-def attend_cache(keys, values, key_scales, value_scales, owner, lengths, group, query):
-    scale = query.shape[-1] ** -0.5
+def attend_cache(keys, values, key_scales, value_scales, owner, lengths, counters, group, query):
+    scale, bias = query.shape[-1] ** -0.5, query.new_empty(0, dtype=torch.float32)
     return ops.cross_attention(
-        query, keys, values, key_scales, value_scales, owner, lengths, FRAMES, group, scale, False
+        query, keys, values, key_scales, value_scales, owner, lengths, bias, counters, FRAMES, group, scale, False
     )[0]  # fmt: skip
 
 

@@ -111,6 +111,7 @@ struct wkv_cross_attention {
   const float *key_scales, *value_scales; /* of a packed cache */
   const int32_t *owner;         /* [rows]: the audio of each row */
   const int32_t *lengths;       /* [audios]: frames in use, 1 or more */
+  const float *bias;            /* [audios, frames]: added to the logits, log n where a frame stands for n; or NULL */
   void *output;                 /* [rows, tokens, heads, head_dim] */
   float *weights;               /* [rows, heads, tokens, frames], 0 from lengths on; NULL if not wanted */
   float scale;                  /* of the query, which in bfloat16 may be rounded again */
@@ -121,6 +122,11 @@ struct wkv_cross_attention {
   struct wkv_together *part;    /* [rows * tokens] at most; of the CPU */
   float *sums;                  /* [splits, rows * tokens, heads, channels]; NULL in CUDA if nothing is split */
   float *totals;                /* [splits, rows * tokens, heads, 2]: where exponentials are counted from, their sum */
+
+  /* Of CUDA: with counters the block that is the last to reach its own adds up the ranges, without them a kernel that
+   * comes after. The bits are the same. */
+  uint32_t *counters;           /* [audios, heads, lots]: 0 before the call and after it; or NULL */
+  int64_t lots;
 };
 
 /* ---- matrices: output = activation(x weight^T + bias) + residual ---- */
@@ -303,7 +309,7 @@ const char *wkv_cuda_probe(void);
 const char *wkv_cuda_compact_attention(const struct wkv_attention *, void *stream);
 const char *wkv_cuda_score_evict(const struct wkv_eviction *, void *stream);
 const char *wkv_cuda_pack(const struct wkv_packing *, void *stream);
-/* Fills splits. */
+/* Fills splits; counters that it would not use become NULL. */
 void wkv_cuda_cross_plan(struct wkv_cross_attention *);
 const char *wkv_cuda_cross_attention(const struct wkv_cross_attention *, void *stream);
 

@@ -138,11 +138,11 @@ def unpack_frames(codes, scales, frames, group, dim):
 
 
 def cross_attention(
-    query, keys, values, key_scales, value_scales, owner, lengths, frames, group, scale, want_weights
+    query, keys, values, key_scales, value_scales, owner, lengths, bias, counters, frames, group, scale, want_weights
 ):  # fmt: skip
     """query: [rows, tokens, heads, dim]; keys, values: [audios, heads, frames, dim], or codes. What is packed is
     unpacked, so the kernels, which round queries and weights too, are held to it loosely, and tightly to
-    cross_attention_in_bytes."""
+    cross_attention_in_bytes. bias: [audios, frames], added to the logits, or empty. Counters are for CUDA alone."""
     rows, tokens, heads, dim = query.shape
     if keys.dtype == torch.uint8:
         keys = unpack_frames(keys, key_scales, frames, group, dim)
@@ -152,6 +152,8 @@ def cross_attention(
     for row, audio in enumerate(owner.tolist()):
         length = int(lengths[audio])
         logits = torch.einsum("thd,hfd->htf", query[row].float() * scale, keys[audio, :, :length].float())
+        if bias.numel():
+            logits += bias[audio, :length]
         weights[row, :, :, :length] = weight = torch.softmax(logits, -1)
         output[row] = torch.einsum("htf,hfd->thd", weight, values[audio, :, :length].float()).to(output.dtype)
     return output, weights if want_weights else torch.empty(0)
@@ -164,7 +166,7 @@ def round_to_bytes(x):
 
 
 def cross_attention_in_bytes(
-    query, keys, values, key_scales, value_scales, owner, lengths, frames, group, scale, want_weights
+    query, keys, values, key_scales, value_scales, owner, lengths, bias, counters, frames, group, scale, want_weights
 ):  # fmt: skip
     """The same of a packed cache with the roundings of the kernels, in float64: in each block of frames the query,
     times the steps of the keys, becomes bytes, and so do the weights. Codes count from the middle, which is added
@@ -184,6 +186,8 @@ def cross_attention_in_bytes(
             folded, unit = round_to_bytes(x * k_step)
             offset = (x * (k_low + middle * k_step)).sum(-1, keepdim=True)
             parts.append(offset + unit * torch.einsum("thd,hfd->thf", folded, k))
+            if bias.numel():
+                parts[-1] += bias[audio, some]
             weight = (parts[-1] - parts[-1].amax(-1, keepdim=True)).exp()
             rounded, unit = round_to_bytes(weight)
             mixed = unit * v_step * torch.einsum("thf,hfd->thd", rounded, v)

@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[1]
 BITS = """
 import hashlib, torch
 from whisperkv import ops
-digest, draw = hashlib.sha256(), torch.manual_seed(0)
+digest, draw, none = hashlib.sha256(), torch.manual_seed(0), torch.empty(0)
 for bits in (8, 4):
     for beams, tokens, frames, dim, group in (
         (1, 8, 1500, 512, 256), (5, 8, 100, 384, 64), (9, 4, 900, 1280, 512), (3, 5, 70, 64, 16), (1, 7, 300, 64, 256),
@@ -22,7 +22,8 @@ for bits in (8, 4):
         states, query = torch.randn(2, frames, 1, dim), torch.randn(2 * beams, tokens, 1, dim)
         lengths, owner = torch.tensor([frames, frames // 2 + 1]).int(), torch.arange(2).repeat_interleave(beams).int()
         codes, scales = ops.pack_frames(states, lengths, bits, group)
-        for out in ops.cross_attention(query, codes, codes, scales, scales, owner, lengths, frames, group, 0.2, True):
+        cache = codes, codes, scales, scales, owner, lengths, none, none.int(), frames, group
+        for out in ops.cross_attention(query, *cache, 0.2, True):
             digest.update(out.numpy().tobytes())
 print(ops.ISA, digest.hexdigest())
 """

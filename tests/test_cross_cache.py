@@ -17,7 +17,7 @@ from whisperkv.config import FORMATS
 from whisperkv.cross_cache import Audios, CrossCacheLayer, owners_of
 from whisperkv.listener import EncoderListener
 from whisperkv.records import DecodeRecord
-from whisperkv.trim import kept_frames
+from whisperkv.trim import Kept, kept_frames
 
 EXACT = ["model", "latent"]
 PACKED = [name for name, bits in FORMATS.items() if bits]
@@ -166,7 +166,8 @@ def test_moves_one_after_the_other(small, states):
 
 def held(layers):
     """Bytes of the tensors in the layers, each counted once."""
-    tensors = [t for x in layers for m in (x.keys_of_audios, x.values_of_audios) for t in (m.data, m.scales)]
+    tensors = [x.audios.bias for x in layers]
+    tensors += [t for x in layers for m in (x.keys_of_audios, x.values_of_audios) for t in (m.data, m.scales)]
     return sum({(t.data_ptr(), t.nbytes): t.nbytes for t in tensors}.values())
 
 
@@ -286,7 +287,10 @@ def test_a_cache_can_be_kept_copied_reset_and_continued(small, short_audio, conf
 def test_no_step_waits_for_the_device(small, states, format, trimmed):
     """Tensors without data: to look into one raises, and so does to mix it with one of the CPU."""
     attention = small.to("meta").model.decoder.layers[0].encoder_attn
-    kept = torch.zeros(3, 50, dtype=torch.long, device="meta") if trimmed else None
+    kept = None
+    if trimmed:
+        places, of_all = (torch.zeros(3, n, dtype=torch.long, device="meta") for n in (50, 70))
+        kept = Kept(places, places, places[:, 0].int(), of_all)
     record = DecodeRecord(2, 64, 4, rows=6, padding=0, frames=50, eviction=None)
     lengths = torch.zeros(3, dtype=torch.int32, device="meta")
     audios = Audios(states.to("meta"), lengths, kept, 70 if trimmed else 50, 2, record)
@@ -468,6 +472,7 @@ def test_quantized_attentions_are_announced(small, states, format):
 
 @every_format
 def test_attentions_of_a_trimmed_audio_are_of_full_width(small, short_audio, format):
+    """A frame that stands for several has its weight shared out among them."""
     patch(small, cross=CrossConfig(format, "padding"))
     with torch.no_grad():
         states = small.model.encoder(short_audio).last_hidden_state
@@ -480,7 +485,8 @@ def test_attentions_of_a_trimmed_audio_are_of_full_width(small, short_audio, for
         assert layer.shape == (3, 4, 4, 50)
         torch.testing.assert_close(layer.sum(-1), torch.ones(3, 4, 4))
         for row in range(3):
-            assert not layer[row, ..., ~kept[row]].any() and layer[row, ..., kept[row]].any()
+            stands = kept[row].nonzero()[kept[row].cumsum(0) - 1, 0]
+            assert torch.equal(layer[row], layer[row][..., stands]) and layer[row].any(-2).all()
 
 
 # What is dropped
@@ -488,14 +494,14 @@ def test_attentions_of_a_trimmed_audio_are_of_full_width(small, short_audio, for
 
 @pytest.mark.parametrize("format", EXACT)
 def test_a_trimmed_audio_is_an_audio_of_the_frames_kept(small, short_audio, format):
-    """As if the encoder had given those frames alone; each audio has its own."""
+    """As if the encoder had given those frames alone, over and over in the place of the others; each audio has its
+    own."""
     kept = kept_frames(short_audio, None, "padding")
     assert kept.sum(-1).unique().numel() == 3 and kept[2].all()
     with torch.no_grad():
         states = small.model.encoder(short_audio).last_hidden_state
-    want = [
-        run(small, states[row : row + 1, kept[row]], ids()[row : row + 1], output_attentions=False) for row in range(3)
-    ]
+    stands = [one.nonzero()[one.cumsum(0) - 1, 0] for one in kept]
+    want = [run(small, states[row : row + 1, stands[row]], ids()[row : row + 1]) for row in range(3)]
     patch(small, cross=CrossConfig(format, "padding"))
     with torch.no_grad():
         assert torch.equal(small.model.encoder(short_audio).last_hidden_state, states)
@@ -549,8 +555,29 @@ def test_trimming_real_audio(tiny_en, speech):
     assert len(texts[0].split()) > 20 and texts == [texts[0]] * 4
     whole, padding, latent, silence = attended
     assert whole.frames_kept == 1500 and silence.frames_kept <= padding.frames_kept == latent.frames_kept < 600
-    assert padding.cross_bytes * 1500 == whole.cross_bytes * padding.frames_kept
-    assert latent.cross_bytes * 2 * model.config.decoder_layers == padding.cross_bytes
+    bias = 4 * padding.frames_kept
+    assert (padding.cross_bytes - bias) * 1500 == whole.cross_bytes * padding.frames_kept
+    assert (latent.cross_bytes - bias) * 2 * model.config.decoder_layers == padding.cross_bytes - bias
+
+
+def test_token_timestamps_of_a_trimmed_audio(tiny_en, speech):
+    """With silence between the words: the times are those of the full model, within the width of its filter."""
+    model, processor = tiny_en
+    samples = speech[0][: 16000 * 8].copy()
+    samples[16000 * 4 : 16000 * 6] = 0
+    features = processor(samples, sampling_rate=16000, return_tensors="pt").input_features
+    times = []
+    for config in (None, CrossConfig(trim="padding"), CrossConfig(trim="silence")):
+        patch(model, cross=config)
+        try:
+            output = model.generate(features, return_token_timestamps=True, return_dict_in_generate=True)
+        finally:
+            unpatch(model)
+            model.set_attn_implementation("sdpa")
+        times.append(output["token_timestamps"][0])
+    assert len(times[0]) > 10
+    for each in times[1:]:
+        assert len(each) == len(times[0]) and (each - times[0]).abs().mean() < 0.2
 
 
 def test_packed_formats_of_real_audio(tiny_en, speech):

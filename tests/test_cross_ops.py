@@ -38,8 +38,8 @@ from whisperkv import ops
 BITS = [0, 8, 4]
 PACKING = ("states", "lengths", "bits", "group")
 CROSS = (
-    "query", "keys", "values", "key_scales", "value_scales", "owner", "lengths", "frames", "group", "scale",
-    "want_weights",
+    "query", "keys", "values", "key_scales", "value_scales", "owner", "lengths", "bias", "counters", "frames",
+    "group", "scale", "want_weights",
 )  # fmt: skip
 # Of a packed cache, from what exact attention over the same codes gives: rounding a query and the weights to bytes
 # moves an output by this part of its channel's standard deviation, at most and on average over a call. Measured over
@@ -52,7 +52,8 @@ UNPACKED = {torch.float32: 1e-4, torch.float16: 2e-3, torch.bfloat16: 2e-2}
 
 
 def problem(
-    rows=3, tokens=1, heads=2, frames=90, dim=64, audios=2, bits=0, group=32, dtype=torch.float32, latent=False, seed=0
+    rows=3, tokens=1, heads=2, frames=90, dim=64, audios=2, bits=0, group=32, dtype=torch.float32, latent=False, seed=0,
+    biased=False,
 ):  # fmt: skip
     """Audios of random lengths and rows that decode them, in any order; all arguments of both ops by name. What is in
     no audio is NaN, so that whoever reads it is found out. Every channel has a spread and a middle of its own."""
@@ -73,10 +74,14 @@ def problem(
 
     states, keys, key_scales = cache()
     _, values, value_scales = (states, keys, key_scales) if latent else cache()
+    bias = torch.randint(1, 17, (audios, frames), generator=draw).log() if biased else torch.empty(0)
+    for audio, length in enumerate(lengths if biased else ()):
+        bias[audio, length:] = torch.nan
     return dict(
         query=normal(rows, tokens, heads, dim).to(dtype), keys=keys, values=values, key_scales=key_scales,
-        value_scales=value_scales, owner=owner, lengths=lengths, frames=frames, group=group, scale=dim**-0.5,
-        want_weights=True, states=states, bits=bits or 8,
+        value_scales=value_scales, owner=owner, lengths=lengths, bias=bias,
+        counters=torch.zeros(audios * heads * 2).int(), frames=frames, group=group, scale=dim**-0.5, want_weights=True,
+        states=states, bits=bits or 8,
     )  # fmt: skip
 
 
@@ -112,7 +117,7 @@ def check(given):
     """cross_attention against the reference."""
     before = copy(given)
     output, weights = attend(given)
-    for name in CROSS[:7]:
+    for name in CROSS[:9]:
         assert_same_bits(given[name], before[name])
     tolerance = TOLERANCE[output.dtype]
     assert (weights.shape, weights.dtype) == ((*before["query"].shape[:3:2], *weights.shape[2:]), torch.float32)
@@ -195,6 +200,48 @@ class TestValues:
 
     @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
     @pytest.mark.parametrize("bits", BITS)
+    @pytest.mark.parametrize(
+        "shape", [SHAPES["a tile and one"], SHAPES["8 beams"], SHAPES["a prompt"], SHAPES["dim 33"]], ids=str
+    )
+    def test_frames_that_stand_for_several(self, shape, bits, dtype):
+        *sizes, group = shape
+        check(problem(*sizes, bits=bits, group=group, dtype=dtype, biased=True))
+
+    @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+    @pytest.mark.parametrize("bits", BITS)
+    def test_as_if_they_were_repeated(self, bits, dtype):
+        """A frame of weight n is n frames. Codes of a group: the same frames have the same ones."""
+        given = problem(4, 1, 2, 160, group=256, dtype=dtype, audios=1)
+        counts = torch.randint(1, 9, (160,), generator=torch.Generator().manual_seed(3))
+        repeated = given["states"].repeat_interleave(counts, 1)
+        lengths, frames = torch.tensor([len(repeated[0])]).int(), len(repeated[0])
+        many, many_weights = attend_fresh(given | dict(lengths=lengths, frames=frames, group=1024), repeated, bits)
+        few, weights = attend_fresh(given | dict(bias=counts.log()[None]), given["states"], bits)
+        by_frame = torch.arange(160).repeat_interleave(counts).expand_as(many_weights)
+        together = torch.zeros_like(weights).scatter_add_(-1, by_frame, many_weights)
+        close = 2e-2 if bits else 10 * TOLERANCE[dtype]
+        torch.testing.assert_close(weights, together, rtol=close, atol=1e-4)
+        torch.testing.assert_close(few, many, rtol=close, atol=5 * close)
+
+    @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+    @pytest.mark.parametrize("bits", BITS)
+    @pytest.mark.parametrize("dim, latent", [(64, False), (512, True)], ids=["heads", "latent"])
+    def test_a_bias_of_nothing_leaves_the_bits(self, dim, latent, bits, dtype):
+        given = problem(5, 2, 1, 300, dim, bits=bits, group=64, dtype=dtype, latent=latent)
+        for ours, theirs in zip(attend(given | dict(bias=torch.zeros(2, 300))), attend(given)):
+            assert_same_bits(ours, theirs)
+
+    @pytest.mark.parametrize("bits", BITS)
+    def test_a_frame_that_counts_for_nothing(self, bits):
+        """-inf leaves it out."""
+        given = problem(frames=300, bits=bits, group=64, biased=True)
+        given["bias"][:, ::3] = -torch.inf
+        weights = attend(given)[1]
+        assert not weights[..., ::3].any()
+        check(given)
+
+    @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+    @pytest.mark.parametrize("bits", BITS)
     @pytest.mark.parametrize("shape", WIDE.values(), ids=WIDE)
     def test_latent(self, shape, bits, dtype):
         *sizes, group = shape
@@ -220,10 +267,10 @@ class TestValues:
     @drawn(
         st.integers(1, 9), st.integers(1, 4), st.integers(1, 3), st.integers(1, 600), st.integers(1, 100),
         st.integers(1, 4), st.sampled_from(BITS), st.sampled_from([16, 32, 64, 128, 256, 512]),
-        st.sampled_from(list(DTYPES.values())), st.booleans(), st.integers(0, 2**30),
+        st.sampled_from(list(DTYPES.values())), st.booleans(), st.integers(0, 2**30), st.booleans(),
     )  # fmt: skip
-    def test_any_problem(self, rows, tokens, heads, frames, dim, audios, bits, group, dtype, latent, seed):
-        check(problem(rows, tokens, heads, frames, dim, audios, bits, group, dtype, latent, seed))
+    def test_any_problem(self, rows, tokens, heads, frames, dim, audios, bits, group, dtype, latent, seed, biased):
+        check(problem(rows, tokens, heads, frames, dim, audios, bits, group, dtype, latent, seed, biased))
 
     @pytest.mark.parametrize("bits", BITS)
     def test_owners_in_any_order(self, bits):
@@ -518,6 +565,15 @@ BAD_CROSS = [
     ("lengths", resized(0), r"\[audios=2\], got \[3\]"),
     ("length", set_first(0), r"length of audio 0 must be in 1\.\.90 frames, got 0"),
     ("length", set_first(91), r"length of audio 0 must be in 1\.\.90 frames, got 91"),
+    ("bias", lambda t: torch.zeros(2, 90, dtype=torch.float16), "float32, got float16"),
+    ("bias", lambda t: torch.zeros(2, 90, dtype=torch.float64), "float32, got float64"),
+    ("bias", lambda t: torch.zeros(90), r"\[audios=2, frames=90\], got \[90\]"),
+    ("bias", lambda t: torch.zeros(3, 90), r"\[audios=2, frames=90\], got \[3, 90\]"),
+    ("bias", lambda t: torch.zeros(2, 91), r"\[audios=2, frames=90\], got \[2, 91\]"),
+    ("bias", lambda t: torch.zeros(1, 90).expand(2, -1), "bias must be contiguous"),
+    ("counters", torch.Tensor.long, "int32, got int64"),
+    ("counters", lambda t: t[None], r"\[counters\], got \[1, 8\]"),
+    ("counters", strided, "counters must be contiguous"),
     *(("scale", lambda _, x=x: x, "scale must be finite") for x in (float("nan"), float("inf"), 1e300)),
 ]
 BAD_PLAIN = BAD_CROSS + [
@@ -603,6 +659,14 @@ def test_bad_input(call, op, bits, argument, change, text):
     check(given)
 
 
+@of_the_cpu
+@pytest.mark.parametrize("other", ["lengths", "owner"])
+def test_counters_have_memory_of_their_own(other):
+    given = problem()
+    with pytest.raises(RuntimeError, match=f"counters must have memory of its own.* shares some with {other}"):
+        attend(given | dict(counters=given[other]))
+
+
 @pytest.mark.parametrize("change, text", BAD_TOGETHER)
 def test_codes_of_another_size(change, text):
     given = problem(bits=8)
@@ -641,10 +705,10 @@ def test_too_wide_heads_for_a_packed_cache(bits):
         attend_fresh(given, given["states"], bits)
 
 
-@pytest.mark.parametrize("name", [*CROSS[:7], "states"])
+@pytest.mark.parametrize("name", [*CROSS[:9], "states"])
 @pytest.mark.parametrize("change", [lambda t: t.to("meta"), torch.Tensor.to_sparse], ids=["meta", "sparse"])
 def test_not_a_plain_cpu_tensor(name, change):
-    given = problem(bits=8)
+    given = problem(bits=8, biased=True)
     call, op = (pack, "pack_frames") if name == "states" else (attend, "cross_attention")
     with pytest.raises((RuntimeError, NotImplementedError), match=op):
         call(given | {name: change(given[name].nan_to_num())})
@@ -652,11 +716,14 @@ def test_not_a_plain_cpu_tensor(name, change):
 
 @pytest.mark.parametrize(
     "bits, name",
-    [(0, "query"), (0, "keys"), (0, "values"), (8, "query"), (8, "key_scales"), (4, "value_scales"), (8, "states")],
+    [
+        (0, "query"), (0, "keys"), (0, "values"), (0, "bias"), (8, "query"), (8, "key_scales"), (4, "value_scales"),
+        (4, "bias"), (8, "states"),
+    ],  # fmt: skip
 )
 @pytest.mark.parametrize("leaf", [True, False], ids=["leaf", "computed"])
 def test_gradients_are_refused(bits, name, leaf):
-    given, call = problem(bits=bits), pack if name == "states" else attend
+    given, call = problem(bits=bits, biased=True), pack if name == "states" else attend
     tensor = given[name].nan_to_num().requires_grad_()
     bad = given | {name: tensor if leaf else tensor * 2}
     with pytest.raises(RuntimeError, match=rf"{name} requires grad.*torch\.no_grad\(\)"):
@@ -755,7 +822,8 @@ def test_no_leak():
 # Compilers
 
 OPCHECKS = [
-    *((ops.cross_attention, CROSS, dict(bits=bits)) for bits in BITS),
+    *((ops.cross_attention, CROSS, dict(bits=bits, biased=bits > 4)) for bits in BITS),
+    (ops.cross_attention, CROSS, dict(bits=0, biased=True)),
     (ops.cross_attention, CROSS, dict(bits=8, dim=20, frames=33, tokens=3, dtype=torch.float16)),
     (ops.cross_attention, CROSS, dict(want_weights=False)),
     *((ops.pack_frames, PACKING, dict(bits=bits, dim=dim)) for bits, dim in ((8, 64), (4, 5))),
@@ -798,6 +866,11 @@ BAD_SHAPES = [
     (attend, 0, "owner", torch.Tensor.long, "int32 .* got torch.int64"),
     (attend, 0, "owner", resized(0), r"with rows=3, got \[4\]"),
     (attend, 0, "lengths", resized(0), r"with audios=2, got \[3\]"),
+    (attend, 0, "counters", torch.Tensor.long, "int32 .* got torch.int64"),
+    (attend, 0, "bias", torch.Tensor.half, "float32 .* got torch.float16"),
+    (attend, 0, "bias", resized(1), r"with frames=90, got \[2, 91\]"),
+    (attend, 8, "bias", resized(1), r"with frames=90, got \[2, 91\]"),
+    (attend, 8, "bias", resized(0), r"with audios=2, got \[3, 90\]"),
     (attend, 8, "keys", resized(1), r"with heads=2, got \[2, 3, 6, 16, 64\]"),
     (attend, 8, "values", resized(2), r"with tiles=6, got \[2, 2, 7, 16, 64\]"),
     (attend, 8, "values", resized(4, 32), r"with channels=64, got \[2, 2, 6, 16, 96\]"),
@@ -816,7 +889,7 @@ def fake(given, mode):
 
 @pytest.mark.parametrize("call, bits, argument, change, text", BAD_SHAPES)
 def test_a_compiler_is_told_what_is_wrong(call, bits, argument, change, text):
-    real = problem(bits=bits)
+    real = problem(bits=bits, biased=True)
     with FakeTensorMode() as mode:
         given = fake(real, mode)
         given[argument] = change(given[argument])
@@ -870,6 +943,20 @@ class TestOfCuda:
         for sound, spoilt in list(zip(attend(given), attend(broken)))[: 1 + want_weights]:
             assert_same_bits(sound[0::2], spoilt[0::2])
             assert not spoilt[1::2].any()
+
+    @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+    @pytest.mark.parametrize("bits", BITS)
+    @pytest.mark.parametrize("tokens, want_weights", [(1, False), (70, True)])
+    def test_who_adds_up_the_ranges(self, tokens, want_weights, bits, dtype):
+        """The last block or another kernel: the bits are the same, and the counters are 0 again."""
+        given = problem(rows=3, tokens=tokens, frames=300, bits=bits, dtype=dtype) | dict(want_weights=want_weights)
+        wanted = attend(given | dict(counters=torch.empty(0).int()))
+        for count in (3, 4, 9, 50):  # for 4 heads of audios
+            counters = torch.zeros(count).int()
+            for _ in range(2):
+                for ours, theirs in zip(attend(given | dict(counters=counters)), wanted):
+                    assert_same_bits(ours, theirs)
+                assert not counters.any()
 
     def test_what_has_no_kernel_is_named(self):
         """Heads wider than any Whisper: refused by name, and the next call works."""

@@ -93,6 +93,7 @@ def sound(draw, op):
     given = test_cross_ops.problem(
         draw.randrange(4), draw.choice([1, 2, 40]), draw.randrange(1, 3), draw.choice([1, 15, 90, 300]), dim,
         draw.randrange(1, 3), bits, group, draw.choice(FLOATS), draw.random() < 0.3, draw.randrange(1 << 30),
+        draw.random() < 0.5,
     )  # fmt: skip
     return given | dict(want_weights=draw.random() < 0.5)
 

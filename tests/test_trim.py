@@ -9,7 +9,7 @@ import torch
 import transformers
 
 from whisperkv import voice
-from whisperkv.trim import EVERY, MARGIN, STRETCH, WITHIN, kept_frames
+from whisperkv.trim import EVERY, MARGIN, STRETCH, WITHIN, Kept, kept_frames
 from whisperkv.voice import listen
 
 RATE, COLUMN, FRAME = 16_000, 160, 320  # samples
@@ -61,6 +61,34 @@ def silent(kept, start, end):
 
 def padded(kept, start, end):
     return sparse(kept, start, end, EVERY)
+
+
+# What the frames that are kept stand for
+
+
+@pytest.mark.parametrize("frames", [1, 2, 16, 50, 1500])
+def test_every_frame_is_counted_once(frames):
+    draw = torch.Generator().manual_seed(frames)
+    keep = torch.rand(5, frames, generator=draw) < torch.tensor([0, 0.05, 0.5, 0.95, 1])[:, None]
+    keep[:, 0] = True
+    kept = Kept.of(keep)
+    assert torch.equal(kept.lengths, keep.sum(-1).int()) and kept.places.shape == (5, kept.lengths.max())
+    for row, length in enumerate(kept.lengths):
+        places, counts = kept.places[row, :length], kept.counts[row, :length]
+        assert torch.equal(places, keep[row].nonzero()[:, 0])
+        assert torch.equal(places.repeat_interleave(counts), places[kept.of_all[row]]) and counts.sum() == frames
+        assert torch.equal(kept.bias[row, :length], counts.float().log()) and not kept.bias[row, length:].any()
+
+
+def test_what_padding_and_silence_stand_for(extractor, said):
+    features = heard(
+        extractor, numpy.concatenate([said, numpy.zeros(4 * RATE), said]).astype(numpy.float32)
+    ).input_features
+    for trim, every in (("padding", EVERY), ("silence", WITHIN)):
+        kept = Kept.of(kept_frames(features, None, trim))
+        at = dict(zip(kept.places[0].tolist(), kept.counts[0].tolist()))
+        assert at[0] == at[100] == 1 and at[1488] == 12 and at[1472] == EVERY  # 1500 is no multiple of it
+        assert trim == "padding" or at[300] == WITHIN
 
 
 # Padding

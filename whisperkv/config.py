@@ -96,7 +96,7 @@ class CrossConfig(_Config):
     trim         "off": all frames are kept;
                  "padding": of the padding after the speech, every 16th frame is kept;
                  "silence": and of the silent stretches inside the audio, every 4th. Energy finds them, or Silero VAD
-                 once the processor is passed to whisperkv.listen().
+                 once the processor is passed to whisperkv.listen(). A frame that is kept counts for those that are not.
     share_beams  rows with the same encoder output (beams, returned sequences) share one cache. Lossless.
     group        frames that share a scale, in the formats of codes: 16, 32, 64, 128 or a multiple of 256. Smaller
                  groups are more exact and larger in memory.

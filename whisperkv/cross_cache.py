@@ -19,8 +19,10 @@ from transformers.cache_utils import CacheLayerMixin
 from . import ops
 from .config import CrossConfig
 from .graph_memory import apart
+from .trim import Kept
 from .views import Onlookers, View
 
+COUNTERS = 128  # of each audio for cross_attention(): a few for each head
 ROOM = 128  # a home has room for a multiple of so many frames, that audios trimmed to other lengths may follow in it
 
 
@@ -97,15 +99,17 @@ class Audios:
 
     states   [audios, frames, width], of the frames that are kept; let go once the last layer has its keys and values
     lengths  int32 [audios]: how many that is of each
-    kept     int64 [audios, frames]: where they stood in the encoder's output; None if all are kept
+    kept     where they stood in the encoder's output, and how many each stands for; None if all are kept
+    bias     float32 [audios, frames]: what that adds to their logits; empty if all are kept
     heard    frames in the encoder's output
     room     frames that the matrices have room for
+    counters int32, zeros between the calls of cross_attention()
     home     where graphs expect all this; None if no step is to be captured
     """
 
     states: torch.Tensor | None
     lengths: torch.Tensor
-    kept: torch.Tensor | None
+    kept: Kept | None
     heard: int
     layers: int
     record: object
@@ -114,9 +118,12 @@ class Audios:
 
     def __post_init__(self):
         self.room = self.frames
+        self.bias = torch.empty(0, device=self.lengths.device) if self.kept is None else self.kept.bias
+        self.counters = torch.zeros(len(self) * COUNTERS, dtype=torch.int32, device=self.lengths.device)
 
     def __getstate__(self):
-        return {**vars(self), "home": None, "lengths": apart(self.lengths)}
+        integers = {"lengths": apart(self.lengths), "counters": apart(self.counters)}
+        return {**vars(self), "home": None, "bias": apart(self.bias), **integers}
 
     @classmethod
     def gather(cls, states, owners, keep, layers, record):
@@ -128,15 +135,19 @@ class Audios:
         if keep is None or bool(keep.all()):
             lengths = torch.full((audios,), heard, dtype=torch.int32, device=states.device)
             return cls(states, lengths, None, heard, layers, record)
-        lengths = keep.sum(-1).int()
-        kept = (~keep).int().argsort(dim=-1, stable=True)[:, : int(lengths.max())]
-        states = states.gather(1, kept[..., None].expand(-1, -1, states.shape[-1]))
-        return cls(states, lengths, kept, heard, layers, record)
+        kept = Kept.of(keep)
+        states = states.gather(1, kept.places[..., None].expand(-1, -1, states.shape[-1]))
+        return cls(states, kept.lengths, kept, heard, layers, record)
 
     def move_to(self, home):
         """Before anything is held."""
         home.lengths.copy_(self.lengths)
-        self.home, self.lengths, self.room = home, home.lengths, home.room
+        home.counters.zero_()
+        home.bias.zero_()
+        if self.kept is not None:
+            home.bias[:, : self.frames] = self.bias
+        self.home, self.lengths, self.counters, self.room = home, home.lengths, home.counters, home.room
+        self.bias = home.bias
 
     def hold(self, states, config, layer, part):
         """The Matrix of states [audios, frames, heads, dim], as keys (part 0) or values (1) of a layer."""
@@ -151,13 +162,14 @@ class Audios:
 
     @property
     def frames(self):
-        return self.heard if self.kept is None else self.kept.shape[1]
+        return self.heard if self.kept is None else self.kept.places.shape[1]
 
     def filled(self, matrices):
         """A layer has what it needs of the states."""
         self.record.cross_bytes += sum(matrix.nbytes for matrix in matrices)
         self.layers -= 1
         if self.layers == 0:
+            self.record.cross_bytes += self.bias.nbytes
             self.states = None
 
 
@@ -189,7 +201,13 @@ class CrossLayout(NamedTuple):
         else:
             data = (*shape, self.room, self.head_dim), self.dtype
             scales = (matrices, 0), torch.float32
-        return {"data": data, "scales": scales, "lengths": ((self.audios,), torch.int32)}
+        return {
+            "data": data,
+            "scales": scales,
+            "lengths": ((self.audios,), torch.int32),
+            "bias": ((self.audios, 0 if self.config.trim == "off" else self.room), torch.float32),
+            "counters": ((self.audios * COUNTERS,), torch.int32),
+        }
 
 
 class CrossHome:
@@ -197,7 +215,8 @@ class CrossHome:
 
     def __init__(self, lease):
         layout = lease.layout
-        self.lease, self.key, self.lengths, self.room = lease, lease.key, lease.tensors["lengths"], layout.room
+        self.lease, self.key, self.room = lease, lease.key, layout.room
+        self.lengths, self.bias, self.counters = (lease.tensors[name] for name in ("lengths", "bias", "counters"))
         tensors = zip(lease.tensors["data"], lease.tensors["scales"])
         matrices = [Matrix(data, scales, layout.config.bits) for data, scales in tensors]
         if layout.config.is_latent:
@@ -392,7 +411,7 @@ class CrossCacheLayer(CacheLayerMixin):
         keys, values, audios = self.keys_of_audios, self.values_of_audios, self.audios
         return ops.cross_attention(
             query, keys.data, values.data, keys.scales, values.scales, self.owner, audios.lengths,
-            audios.room, self.config.group, scale, want_weights,
+            audios.bias, audios.counters, audios.room, self.config.group, scale, want_weights,
         )  # fmt: skip
 
     def _attend_latent(self, query, scale, attention, want_weights):
@@ -413,10 +432,10 @@ class CrossCacheLayer(CacheLayerMixin):
         return output, weights
 
     def _all_frames(self, weights):
-        """Each weight at the time of its frame; 0 for frames that were not kept."""
-        if self.audios.kept is None:
+        """Each weight at the time of its frame; one that stands for several shares it out among them."""
+        kept = self.audios.kept
+        if kept is None:
             return weights
-        full = weights.new_zeros(*weights.shape[:-1], self.audios.heard)
-        weights = weights[..., : self.audios.frames]
-        at = self.audios.kept[self.owner][:, None, None, :].expand(weights.shape)
-        return full.scatter_(-1, at, weights)
+        weights = weights[..., : self.audios.frames] / kept.counts[self.owner][:, None, None]
+        of_all = kept.of_all[self.owner][:, None, None].expand(*weights.shape[:-1], -1)
+        return weights.gather(-1, of_all)

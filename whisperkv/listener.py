@@ -1,11 +1,12 @@
 """What the encoder hears is noted here, since the decoder is given its output alone."""
 
 import hashlib
+import threading
 from collections import OrderedDict
 
 import torch
 
-from .trim import kept_frames
+from .trim import Kept, kept_frames
 
 
 class EncoderListener:
@@ -17,11 +18,22 @@ class EncoderListener:
     def __init__(self, trim):
         self.trim = trim
         self._kept = OrderedDict()  # of a digest of the audio's states: bool [frames]
+        self._now = threading.local()  # what the encoder is just listening to
+
+    def listen(self, features, mask):
+        """The Kept frames of what the encoder is given, before it hears it; None if it should hear all."""
+        keep = kept_frames(features, mask, self.trim)
+        self._now.features, self._now.keep = features, keep
+        return None if bool(keep.all()) else Kept.of(keep)
 
     def __call__(self, encoder, args, kwargs, output):
         features = args[0] if args else kwargs.get("input_features")
         mask = args[1] if len(args) > 1 else kwargs.get("attention_mask")
-        kept = kept_frames(features, mask, self.trim).cpu()  # where the decoder will be is not known
+        now = vars(self._now)
+        is_known = now.get("features") is features
+        kept = now["keep"] if is_known else kept_frames(features, mask, self.trim)
+        now.clear()
+        kept = kept.cpu()  # where the decoder will be is not known
         self._kept.update(zip(self._digests(output[0]), kept))
         while len(self._kept) > self.MOST:
             self._kept.popitem(last=False)
@@ -36,8 +48,5 @@ class EncoderListener:
         samples = states.detach()[:, :: max(states.shape[1] // 16, 1)].contiguous().cpu()
         return [hashlib.blake2b(each.view(torch.uint8).numpy(), digest_size=16).digest() for each in samples]
 
-    def __deepcopy__(self, memo):
-        return EncoderListener(self.trim)
-
-    def __getstate__(self):
-        return {"trim": self.trim, "_kept": OrderedDict()}
+    def __reduce__(self):
+        return EncoderListener, (self.trim,)

@@ -93,7 +93,6 @@ _ATTENTION = {
     "keys": (None, "rows heads slots dim"),
     "values": (None, "rows heads slots dim"),
     "cursor": (torch.int32, "cursors rows"),
-    "sources": (torch.int32, "rows slots"),  # or empty
 }
 _EVICTION = {
     "weights": (torch.float32, "rows heads tokens slots"),
@@ -132,12 +131,21 @@ _ENCODER = {
     "bias": (torch.float32, "audios frames"),  # or empty
     "lengths": (torch.int32, "audios"),  # or empty
 }
+_MAY_BE_EMPTY = {
+    "sources": (torch.int32, "rows slots"),
+    "bias": (torch.float32, "audios frames"),
+    "counters": (torch.int32, "counters"),
+}
 
 
-def _sizes(op, layout, *tensors):
-    """The sizes by name; what the C code refuses is refused here too."""
+def _sizes(op, layout, *tensors, frames=None, **others):
+    """The sizes by name; what the C code refuses is refused here too. Others may be empty."""
     sizes, cache_dtype, device = {"cursors": 4, "two": 2}, None, tensors[0].device
-    for (name, (dtype, shape)), tensor in zip(layout.items(), tensors):
+    if frames is not None:
+        sizes["frames"] = frames
+    given = {**dict(zip(layout, tensors)), **{name: each for name, each in others.items() if 0 not in each.shape}}
+    for name, tensor in given.items():
+        dtype, shape = {**layout, **_MAY_BE_EMPTY}[name]
         shape = shape.split()
         if dtype is None:
             dtype = cache_dtype = cache_dtype or tensor.dtype
@@ -155,8 +163,7 @@ def _sizes(op, layout, *tensors):
 
 @torch.library.register_fake(compact_attention)
 def _(query, key, value, keys, values, cursor, sources, scale, want_weights):
-    table = [] if 0 in sources.shape else [sources]
-    sizes = _sizes(compact_attention, _ATTENTION, query, key, value, keys, values, cursor, *table)
+    sizes = _sizes(compact_attention, _ATTENTION, query, key, value, keys, values, cursor, sources=sources)
     weights = [sizes[side] for side in ("rows", "heads", "tokens", "slots")] if want_weights else [0]
     return query.new_empty(query.shape), query.new_empty(weights, dtype=torch.float32)
 
@@ -176,10 +183,12 @@ def _(states, lengths, bits, group):
 
 
 @torch.library.register_fake(cross_attention)
-def _(query, keys, values, key_scales, value_scales, owner, lengths, frames, group, scale, want_weights):
+def _(
+    query, keys, values, key_scales, value_scales, owner, lengths, bias, counters, frames, group, scale, want_weights
+):  # fmt: skip
+    given, others = (query, keys, values, owner, lengths), dict(bias=bias, counters=counters)
     if keys.dtype == torch.uint8:
-        given = (query, keys, values, owner, lengths, key_scales, value_scales)
-        sizes = _sizes(cross_attention, _CROSS_PACKED, *given)
+        sizes = _sizes(cross_attention, _CROSS_PACKED, *given, key_scales, value_scales, frames=frames, **others)
         text = f"{cross_attention.name()}: query must have at most {MOST_CHANNELS} channels, got {sizes['dim']}"
         torch._check(sizes["dim"] <= MOST_CHANNELS, lambda text=text: text)
         for side, allowed in (
@@ -193,7 +202,7 @@ def _(query, keys, values, key_scales, value_scales, owner, lengths, frames, gro
             )
             torch._check(sizes[side] in allowed, lambda text=text: text)
     else:
-        sizes = _sizes(cross_attention, _CROSS, query, keys, values, owner, lengths)
+        sizes = _sizes(cross_attention, _CROSS, *given, **others)
         frames = sizes["frames"]
     weights = [sizes["rows"], sizes["heads"], sizes["tokens"], frames] if want_weights else [0]
     return query.new_empty(query.shape), query.new_empty(weights, dtype=torch.float32)

@@ -84,7 +84,7 @@ def patch(
         encoder.register_forward_hook(listener, with_kwargs=True)
     others = matrices.install(whisper, weights)
     if type(encoder) is WhisperEncoder:
-        encoders.install(encoder, weights)
+        encoders.install(encoder, weights, listener)
     if type(decoder) is WhisperDecoder:
         become(decoder, FastDecoder)
     graphs = Graphs() if graphs else None

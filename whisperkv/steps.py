@@ -76,7 +76,7 @@ class Reading:
         owner = audio_layers[0].owner if audio_layers else first.cursor
         evicts = first.eviction is not None
         output = ops.decoder_step(
-            x, first.sources, owner, self.lengths, caches, self.heard, self.weights, self.format, self.heads,
+            x, first.sources, owner, self.lengths, self.bias, caches, self.heard, self.weights, self.format, self.heads,
             self.hidden, self.frames, self.group, self.is_latent,
             _POLICY[first.policy] if evicts else -1,
             min(first.budget, first.slots) if evicts else 1,
@@ -138,10 +138,12 @@ class Reading:
             return
         if any(weight.dtype != torch.float32 for weight in weights if weight.dtype != torch.int32):
             return
-        self.heads, self.hidden, self.frames, self.group, self.lengths = heads, hidden, 1, 16, layer.cursor
+        self.heads, self.hidden, self.frames, self.group = heads, hidden, 1, 16
+        self.lengths, self.bias = layer.cursor, NONE
         if hears:
             audios = audio_layers[0].audios
-            self.frames, self.group, self.lengths = audios.room, audio_layers[0].config.group, audios.lengths
+            self.frames, self.group = audios.room, audio_layers[0].config.group
+            self.lengths, self.bias = audios.lengths, audios.bias
             for each in audio_layers:
                 keys, values = each.keys_of_audios, each.values_of_audios
                 self.heard += keys.data, values.data, keys.scales, values.scales

@@ -1,4 +1,7 @@
-"""Which frames of the encoder the cross-attention cache keeps: speech, and a few of the silence around it."""
+"""Which frames of the encoder are kept: speech, and a few of the silence around it, each of which counts for those that
+it stands for."""
+
+from typing import NamedTuple
 
 import torch
 
@@ -13,6 +16,37 @@ STRETCH = 51  # a shorter pause inside speech is left alone; an odd number
 QUIET = 0.25  # silence lies below this part of the way from the noise floor to loud speech
 CONTRAST = 0.2  # if those two are closer, the one cannot be told from the other, and everything is kept
 GAP = 8  # columns that voice.listen() may have forgotten
+
+
+class Kept(NamedTuple):
+    """The frames that are kept of each audio, and how many each stands for: itself, and those that follow it and are
+    not kept. Audios keep different numbers of frames; what comes after an audio's own is to be ignored.
+
+    places   int64 [audios, most]: where they stand, in order
+    counts   int64 [audios, most]; 1 after the audio's own
+    lengths  int32 [audios]: how many are kept
+    of_all   int64 [audios, frames]: the number of the one that stands for each frame
+    """
+
+    places: torch.Tensor
+    counts: torch.Tensor
+    lengths: torch.Tensor
+    of_all: torch.Tensor
+
+    @classmethod
+    def of(cls, keep):
+        """keep: bool [audios, frames], of which the first frame is kept."""
+        lengths = keep.sum(-1).int()
+        places = (~keep).int().argsort(dim=-1, stable=True)[:, : int(lengths.max())]
+        is_own = torch.arange(places.shape[1], device=keep.device) < lengths[:, None]
+        ends = places.masked_fill(~is_own, keep.shape[1])  # where those of the next one begin
+        ends = torch.nn.functional.pad(ends[:, 1:], (0, 1), value=keep.shape[1])
+        return cls(places, torch.where(is_own, ends - places, 1), lengths, keep.cumsum(-1) - 1)
+
+    @property
+    def bias(self):
+        """float32 [audios, most]: what attention adds to the logit of a frame that counts so often."""
+        return self.counts.float().log()
 
 
 def kept_frames(features, attention_mask, trim):

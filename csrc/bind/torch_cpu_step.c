@@ -265,6 +265,7 @@ bool device_step(struct call *const call, const struct step *const s) {
       .group = s->group,
       .owner = owner,
       .lengths = owner ? owner + s->rows : NULL,
+      .bias = s->bias,
       .scale = s->scale,
   };
   const bool is_planned = owner && plan_cross(call, &audio);

@@ -43,11 +43,13 @@ static bool pack_frames(struct call *const call, const StableIValue *const numbe
 
 /* ---- cross_attention ---- */
 
-enum { QUERY, KEYS, VALUES, KEY_SCALES, VALUE_SCALES, OWNER, LENGTHS, CROSS_TENSORS };
+enum { QUERY, KEYS, VALUES, KEY_SCALES, VALUE_SCALES, OWNER, LENGTHS, BIAS, COUNTERS, CROSS_TENSORS };
 
 #define QUERY_ARGUMENT {"query", CACHE, 4, {ROWS, TOKENS, HEADS, DIM}}
 #define OWNER_ARGUMENT {"owner", TORCH_DTYPE_int32, 1, {ROWS}}
 #define LENGTHS_ARGUMENT {"lengths", TORCH_DTYPE_int32, 1, {AUDIOS}}
+#define BIAS_ARGUMENT {"bias", TORCH_DTYPE_float32, 2, {AUDIOS, FRAMES}}
+#define COUNTERS_ARGUMENT {"counters", TORCH_DTYPE_int32, 1, {COUNTED}}
 
 static const struct argument plain_arguments[CROSS_TENSORS] = {
     [QUERY] = QUERY_ARGUMENT,
@@ -55,6 +57,8 @@ static const struct argument plain_arguments[CROSS_TENSORS] = {
     [VALUES] = {"values", CACHE, 4, {AUDIOS, HEADS, FRAMES, DIM}},
     [OWNER] = OWNER_ARGUMENT,
     [LENGTHS] = LENGTHS_ARGUMENT,
+    [BIAS] = BIAS_ARGUMENT,
+    [COUNTERS] = COUNTERS_ARGUMENT,
 };
 static const struct argument packed_arguments[CROSS_TENSORS] = {
     [QUERY] = QUERY_ARGUMENT,
@@ -64,12 +68,13 @@ static const struct argument packed_arguments[CROSS_TENSORS] = {
     [VALUE_SCALES] = {"value_scales", TORCH_DTYPE_float32, 5, {AUDIOS, HEADS, GROUPS, PAIR, CHANNELS}},
     [OWNER] = OWNER_ARGUMENT,
     [LENGTHS] = LENGTHS_ARGUMENT,
+    [BIAS] = BIAS_ARGUMENT,
+    [COUNTERS] = COUNTERS_ARGUMENT,
 };
 
 /* A packed cache is as large as `frames` and `group` say. */
 static bool fits(struct call *const call, const int64_t frames, const int64_t group) {
   const int64_t *const size = call->sizes, channels = padded_channels(size[DIM]);
-  if (!is_within(call, "frames", frames, 1, INT32_MAX)) return false;
   if (size[STRIP] != 16 && size[STRIP] != 8)
     return fail(call, "keys must have 16 bytes (8 bits) or 8 bytes (4 bits) a tile and channel, got %lld",
                 (long long)size[STRIP]);
@@ -83,7 +88,6 @@ static bool fits(struct call *const call, const int64_t frames, const int64_t gr
     return fail(call, "%lld frames in groups of %lld are %lld tiles and %lld groups, got %lld and %lld",
                 (long long)frames, (long long)group, (long long)wkv_count_of(frames, WKV_TILE),
                 (long long)wkv_count_of(frames, group), (long long)size[TILES], (long long)size[GROUPS]);
-  call->sizes[FRAMES] = frames;
   return true;
 }
 
@@ -93,14 +97,19 @@ static bool cross_attention(struct call *const call, const StableIValue *const n
   const int64_t frames = (int64_t)numbers[0], group = (int64_t)numbers[1];
   const double scale = as_double(numbers[2]);
   const bool want_weights = as_bool(numbers[3]);
-  for (int i = 0; i < CROSS_TENSORS; i++)
-    if (arguments[i].name && !accept(call, i, &arguments[i], true)) return false;
+  if (is_packed && !is_within(call, "frames", frames, 1, INT32_MAX)) return false;
+  if (is_packed) call->sizes[FRAMES] = frames;
+  for (int i = 0; i < CROSS_TENSORS; i++) {
+    const bool is_left_out = (i == BIAS || i == COUNTERS) && is_empty(call, i);
+    if (arguments[i].name && !is_left_out && !accept(call, i, &arguments[i], true)) return false;
+  }
   if (is_packed && (!is_group(call, group) || !fits(call, frames, group))) return false;
   const int64_t *const size = call->sizes, none = 0;
   const int64_t output_shape[] = {size[ROWS], size[TOKENS], size[HEADS], size[DIM]};
   const int64_t weights_shape[] = {size[ROWS], size[HEADS], size[TOKENS], size[FRAMES]};
   void *output, *weights;
-  if (!is_finite(call, "scale", scale) || !needs_no_grad(call, arguments, CROSS_TENSORS) ||
+  if (!is_finite(call, "scale", scale) || !are_apart(call, arguments, CROSS_TENSORS, 1u << COUNTERS) ||
+      !needs_no_grad(call, arguments, CROSS_TENSORS) ||
       !new_result(call, 0, 4, output_shape, call->cache_dtype, &output) ||
       !new_result(call, 1, want_weights ? 4 : 1, want_weights ? weights_shape : &none, TORCH_DTYPE_float32, &weights))
     return false;
@@ -121,9 +130,12 @@ static bool cross_attention(struct call *const call, const StableIValue *const n
       .value_scales = call->data[VALUE_SCALES],
       .owner = call->data[OWNER],
       .lengths = call->data[LENGTHS],
+      .bias = call->data[BIAS],
       .output = output,
       .weights = want_weights ? weights : NULL,
       .scale = (float)scale,
+      .counters = call->data[COUNTERS],
+      .lots = size[COUNTED] / (size[AUDIOS] * size[HEADS]),
   };
   return device_attend_cross(call, &attention);
 }
@@ -132,8 +144,13 @@ const struct torch_op pack_frames_op = {
     "pack_frames", "pack_frames(Tensor states, Tensor lengths, int bits, SymInt group) -> (Tensor, Tensor)",
     pack_frames, PACKING_TENSORS, 2, 0};
 
+/* bias: float32 [audios, frames], added to each frame's logit, for every format; empty: none.
+ * counters: zeros, which they are again when the call is done; one for each audio and head, or a few where there are
+ * many queries. Calls that may run at the same time need their own. The CPU has no use for them, and they may be left
+ * empty; on CUDA another kernel is launched then. */
 const struct torch_op cross_attention_op = {
     "cross_attention",
     "cross_attention(Tensor query, Tensor keys, Tensor values, Tensor key_scales, Tensor value_scales, Tensor owner, "
-    "Tensor lengths, SymInt frames, SymInt group, float scale, bool want_weights) -> (Tensor, Tensor)",
+    "Tensor lengths, Tensor bias, Tensor(a!) counters, SymInt frames, SymInt group, float scale, bool want_weights) "
+    "-> (Tensor, Tensor)",
     cross_attention, CROSS_TENSORS, 2, 0};

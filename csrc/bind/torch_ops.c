@@ -37,7 +37,7 @@ static bool take_tensors(const struct torch_op *const op, const StableIValue *co
 
 /* Results go back on the stack. An error leaves as a C++ exception, so nothing may be held by then. */
 static void run(const struct torch_op *const op, StableIValue *const stack) {
-  enum { FEW = 8 };
+  enum { FEW = 10 };
   AtenTensorHandle few_tensors[FEW];
   void *few_data[FEW], *memory = NULL;
   size_t few_bytes[FEW], sizes[MAX_LISTS];

@@ -5,13 +5,14 @@
 #include "torch_ops.h"
 #include "torch_step.h"
 
-enum { X, SOURCES, OWNER, LENGTHS, STEP_TENSORS };
+enum { X, SOURCES, OWNER, LENGTHS, BIAS, STEP_TENSORS };
 enum { CACHES, HEARD, WEIGHTS, STEP_LISTS };
 static const struct argument tensors[STEP_TENSORS] = {
     [X] = {"x", TORCH_DTYPE_float32, 2, {ROWS, DIM}},
     [SOURCES] = {"sources", TORCH_DTYPE_int32, 2, {ROWS, SLOTS}},
     [OWNER] = {"owner", TORCH_DTYPE_int32, 1, {ROWS}},
     [LENGTHS] = {"lengths", TORCH_DTYPE_int32, 1, {AUDIOS}},
+    [BIAS] = {"bias", TORCH_DTYPE_float32, 2, {AUDIOS, FRAMES}},
 };
 
 /* What the lists hold of each layer, in this order. HEAD is the size of a head. */
@@ -116,7 +117,9 @@ static bool take_audios(struct call *const call, struct step *const s, const int
   size[FRAMES] = frames;
   size[TILES] = wkv_count_of(frames, WKV_TILE);
   size[GROUPS] = is_packed ? wkv_count_of(frames, s->group) : 0;
-  if (!accept(call, OWNER, &tensors[OWNER], true) || !accept(call, LENGTHS, &tensors[LENGTHS], true)) return false;
+  if (!accept(call, OWNER, &tensors[OWNER], true) || !accept(call, LENGTHS, &tensors[LENGTHS], true) ||
+      (!is_empty(call, BIAS) && !accept(call, BIAS, &tensors[BIAS], true)))
+    return false;
   for (int64_t i = 0; i < s->layers; i++) {
     struct step_layer *const layer = &s->layer[i];
     const int at = call->first[HEARD] + (int)(HEARD_OF_LAYER * i);
@@ -134,6 +137,7 @@ static bool take_audios(struct call *const call, struct step *const s, const int
   s->frames = frames;
   s->owner = call->data[OWNER];
   s->lengths = call->data[LENGTHS];
+  s->bias = is_empty(call, BIAS) ? NULL : call->data[BIAS];
   return true;
 }
 
@@ -214,7 +218,7 @@ static bool decoder_step(struct call *const call, const StableIValue *const numb
 
 const struct torch_op decoder_step_op = {
     "decoder_step",
-    "decoder_step(Tensor x, Tensor sources, Tensor owner, Tensor lengths, Tensor(a!)[] caches, Tensor[] heard, "
-    "Tensor[] weights, int format, int heads, int hidden, SymInt frames, SymInt group, bool is_latent, int policy, "
+    "decoder_step(Tensor x, Tensor sources, Tensor owner, Tensor lengths, Tensor bias, Tensor(a!)[] caches, "
+    "Tensor[] heard, Tensor[] weights, int format, int heads, int hidden, SymInt frames, SymInt group, bool is_latent, int policy, "
     "SymInt budget, SymInt recent, float decay, float epsilon, float scale) -> Tensor",
     decoder_step, STEP_TENSORS, 1, STEP_LISTS};

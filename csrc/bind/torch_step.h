@@ -33,6 +33,7 @@ struct step {
   const float *x;           /* [rows, width] */
   float *output;            /* [rows, width] */
   const int32_t *sources, *owner, *lengths;
+  const float *bias;        /* [audios, frames], or NULL */
   int bits;                 /* of what the audios are held in */
   int64_t group;
   bool is_latent;

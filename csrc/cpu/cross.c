@@ -12,6 +12,7 @@
 INLINE void soften(struct work *const w, const int64_t query, const int64_t first, const int64_t frames) {
   float *const logits = w->logits + query * WKV_BLOCK, *const totals = w->totals[query];
   const int64_t padded = wkv_round_up(frames, WKV_TILE);
+  if (w->bias) add(logits, w->bias + first, frames);
   if (w->kept_logits[query]) memcpy(w->kept_logits[query] + first, logits, (size_t)frames * sizeof *logits);
   for (int64_t f = frames; f < padded; f++) logits[f] = -INFINITY;
   const float top = largest(logits, padded, totals[0]);
@@ -86,7 +87,8 @@ INLINE void attend_item(const enum wkv_dtype dtype, const int bits, const bool i
   const int64_t bytes = bits ? wkv_place_of_codes(bits, channels, tiled, 0) : a->frames * head_dim * size_of(dtype);
   struct work w = {.a = a, .queries = part.queries, .length = a->lengths[part.audio],
                    .head_dim = head_dim, .channels = channels,
-                   .keys = (const char *)a->keys + matrix * bytes, .values = (const char *)a->values + matrix * bytes};
+                   .keys = (const char *)a->keys + matrix * bytes, .values = (const char *)a->values + matrix * bytes,
+                   .bias = a->bias ? a->bias + part.audio * a->frames : NULL};
   take_buffers(dtype, bits, &w, scratch);
   if (bits) {
     const int64_t first = wkv_place_of_steps(channels, matrix * wkv_count_of(a->frames, a->group));

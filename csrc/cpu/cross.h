@@ -13,6 +13,7 @@ struct work {
   int64_t queries, length;           /* length: frames of the audio */
   int64_t head_dim, channels;        /* channels: head_dim, padded */
   const void *keys, *values;         /* of this head of this audio */
+  const float *bias;                 /* [frames] of the audio; NULL if there is none */
   float *query;                      /* [queries, channels], scaled */
   float *logits, *exponentials;      /* [queries, WKV_BLOCK] of a block: the ones become the others, in their place */
   float *sums[WKV_TOGETHER];         /* of each query: [channels] */

@@ -23,6 +23,10 @@ INLINE float exponentiate(float *const x, const int64_t slots, const float top) 
   return sum_of(sum);
 }
 
+INLINE void add(float *restrict const x, const float *restrict const more, const int64_t n) {
+  for (int64_t i = 0; i < n; i++) x[i] += more[i];
+}
+
 INLINE void multiply(float *const x, const int64_t n, const float factor) {
   for (int64_t i = 0; i < n; i++) x[i] *= factor;
 }

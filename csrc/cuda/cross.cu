@@ -1,11 +1,11 @@
-/* Cross-attention over one cache for each audio: the launches, the kernel that adds up ranges of frames, and the one
- * that takes what cross_heads.h and cross_latent.h do not: float32, and widths and groups that no Whisper has.
- * Its block takes one head of one audio over a range of frames: the queries of all beams (and in the latent formats of
- * all heads) go over each tile of frames together, sixteen of them for the tensor cores. What is packed becomes numbers
- * of the model's dtype on its way to shared memory. */
+/* Cross-attention over one cache for each audio: the launches, and the kernel that takes what cross_heads.h and
+ * cross_latent.h do not: float32, and widths and groups that no Whisper has. Its block takes one head of
+ * one audio over a range of frames: the queries of all beams (and in the latent formats of all heads) go over each tile
+ * of frames together, sixteen of them for the tensor cores. What is packed becomes numbers of the model's dtype on its
+ * way to shared memory. */
 #include "cross_heads.h"
 #include "cross_latent.h"
-#include "queries.h"
+#include "ranges.h"
 #include "tiles.h"
 
 namespace {
@@ -192,6 +192,7 @@ __device__ void soften(const struct block &b, const struct wkv_cross_attention &
       float sum = 0;
       for (int slice = 0; slice < b.slices; slice++) sum += r.logits[(slice * QUERIES + query) * P::LINE + frame];
       logit[i] = sum * a.scale;
+      if (a.bias) logit[i] += a.bias[b.audio * a.frames + first + frame];
       top = fmaxf(top, logit[i]);
       if (a.weights) {
         const int64_t row = r.number[query] / a.tokens, token = r.number[query] % a.tokens;
@@ -239,7 +240,7 @@ template <class P> __device__ void mix(const struct block &b, const room<P> &r, 
   }
 }
 
-/* The means of the values, or what the second kernel makes them of. */
+/* The means of the values, or what ranges.h makes them of. */
 template <class P>
 __device__ void store(const struct block &b, const struct wkv_cross_attention &a, const int queries, const room<P> &r,
                       const float (*const sums)[4]) {
@@ -326,53 +327,16 @@ attend(const struct wkv_cross_attention a, const int lots, const int slices, con
   b.lane = b.thread % WARP;
   b.warp = b.thread / WARP;
   b.warps = b.threads / WARP;
-  if (b.audio == 0 && lot == 0 && !a.sums) clear_strays<typename P::T>(a, b.head, b.thread, b.threads);
+  if (b.audio == 0 && lot == 0 && b.split == 0) clear_strays<typename P::T>(a, b.head, b.thread, b.threads);
   const bool apart = a.keys != a.values;
   const room<P> r(memory, b.channels, apart, slices);
   for (int skipped = lot * QUERIES;; skipped += lots * QUERIES) {
-    if (b.warp == 0) {
-      const int queries = find_queries(a, b.audio, b.lane, skipped, QUERIES, r.number);
-      if (b.lane == 0) found = queries;
-    }
-    __syncthreads();
-    const int queries = found;
-    if (queries <= 0) return;
+    const int queries = find_together(a, b.audio, skipped, QUERIES, r.number, &found);
+    if (queries <= 0) break;
     attend_some<P>(b, a, queries, apart, aligned, r);
     __syncthreads(); /* the numbers of the queries are found anew */
   }
-}
-
-/* ---- the ranges of frames together: a block is one head of one query ---- */
-
-enum { FINISH_THREADS = 64 };
-
-template <class T> __global__ void __launch_bounds__(FINISH_THREADS) finish(const struct wkv_cross_attention a) {
-  const int64_t item = blockIdx.x, items = a.rows * a.tokens * a.heads;
-  const int64_t padded = round_up(a.head_dim, WKV_CHANNELS);
-  const int64_t row = item / a.heads / a.tokens, audio = a.owner[row];
-  T *const output = (T *)a.output + item * a.head_dim;
-  const int64_t head = item % a.heads, token = item / a.heads % a.tokens;
-  float *const weights = a.weights ? a.weights + ((row * a.heads + head) * a.tokens + token) * a.frames : NULL;
-  if (audio < 0 || audio >= a.audios) { /* as above */
-    for (int64_t d = threadIdx.x; d < a.head_dim; d += FINISH_THREADS) convert(0, output + d);
-    for (int64_t f = threadIdx.x; weights && f < a.frames; f += FINISH_THREADS) weights[f] = 0;
-    return;
-  }
-  float top = -FLT_MAX, total = 0;
-  for (int64_t s = 0; s < a.splits; s++) top = fmaxf(top, a.totals[2 * (s * items + item)]);
-  for (int64_t s = 0; s < a.splits; s++) {
-    const float *const totals = a.totals + 2 * (s * items + item);
-    total += totals[1] * expf(totals[0] - top);
-  }
-  for (int64_t d = threadIdx.x; d < a.head_dim; d += FINISH_THREADS) {
-    float sum = 0;
-    for (int64_t s = 0; s < a.splits; s++)
-      sum = fmaf(a.sums[(s * items + item) * padded + d], expf(a.totals[2 * (s * items + item)] - top), sum);
-    convert(sum / total, output + d);
-  }
-  const int64_t length = a.lengths[audio];
-  for (int64_t f = threadIdx.x; weights && f < a.frames; f += FINISH_THREADS)
-    weights[f] = f < length ? expf(weights[f] - top) / total : 0;
+  finish_lot<typename P::T, QUERIES>(a, b.matrix, lot, lots, r.number, &found);
 }
 
 /* ---- launches ---- */
@@ -383,7 +347,7 @@ template <class P> const char *launch_plan(const struct wkv_cross_attention *con
   const int channels = (int)round_up(a->head_dim, TILE_DEPTH), depths = channels / TILE_DEPTH;
   const int warps = smaller(P::WARPS, channels / TILE_COLUMNS); /* none without a tile of the output */
   const int slices = larger(1, smaller(warps / P::COLUMNS, depths));
-  const int lots = (int)count_of(count_of(a->rows * a->tokens, a->audios), QUERIES);
+  const int lots = lots_of(a, QUERIES);
   const bool aligned = a->head_dim * sizeof(typename P::T) % sizeof(piece) == 0 &&
                        ((uintptr_t)a->keys | (uintptr_t)a->values) % sizeof(piece) == 0;
   const room<P> r(NULL, channels, a->keys != a->values, slices);
@@ -408,7 +372,7 @@ template <class T> const char *launch(const struct wkv_cross_attention *const a,
   const char *const failed = a->bits == 8   ? launch_bits<T, 8>(a, stream)
                              : a->bits == 4 ? launch_bits<T, 4>(a, stream)
                                             : launch_bits<T, 0>(a, stream);
-  if (failed || !a->sums) return failed;
+  if (failed || !a->sums || a->counters) return failed;
   LAUNCH(finish<T>, dim3(a->rows * a->tokens * a->heads), dim3(FINISH_THREADS), 0, stream, *a);
   return launch_error();
 }
@@ -416,6 +380,7 @@ template <class T> const char *launch(const struct wkv_cross_attention *const a,
 } // namespace
 
 extern "C" void wkv_cuda_cross_plan(struct wkv_cross_attention *const a) {
+  if (is_wide(a) || a->lots < 1) a->counters = NULL; /* the last block alone would be long over so many bytes */
   const int64_t least_frames = is_wide(a) ? 32 : 64; /* of a range, or adding the ranges up costs more than it brings */
   const int64_t ranges = count_of(a->frames, least_frames), blocks = a->audios * a->heads;
   if (latent::can(a)) { /* whole rounds of blocks, one to a multiprocessor: sums of more ranges would cost more */

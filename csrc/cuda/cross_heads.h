@@ -7,7 +7,7 @@
 #ifndef WHISPERKV_CUDA_CROSS_HEADS_H
 #define WHISPERKV_CUDA_CROSS_HEADS_H
 #include "codes.h"
-#include "queries.h"
+#include "ranges.h"
 #include "tiles.h"
 
 namespace heads {
@@ -20,11 +20,12 @@ enum {
   STAGES = 2, /* tiles of a warp: one is worked on while another is on its way */
 };
 
-template <class T_, int BITS_, int QUERIES_> struct plan {
+template <class T_, int BITS_, int QUERIES_, bool IS_BIASED_> struct plan {
   typedef T_ T;
   enum {
     BITS = BITS_,
     IS_PACKED = BITS != 0,
+    IS_BIASED = IS_BIASED_,
     QUERIES = QUERIES_,           /* worked on together: 8 or 16 */
     HALVES = QUERIES / 8,         /* of the tensor cores' rows */
     FRAMES = IS_PACKED ? 32 : 16, /* of a tile */
@@ -198,8 +199,8 @@ INLINE void mix(struct rows<P> &r, const left_tile<typename rows<P>::M> &weights
 /* Logits of a tile, their exponentials and with these the values. */
 template <class P>
 INLINE void work(struct rows<P> &r, const struct wkv_cross_attention &a, const int64_t head, const int queries,
-                 const int *const number, const piece (*const tile)[P::PIECES], const int first, const int length,
-                 const int lane) {
+                 const int *const number, const piece (*const tile)[P::PIECES], const float *const bias,
+                 const int first, const int length, const int lane) {
   typedef typename rows<P>::M M;
   float x[P::COLUMNS][4]; /* products, logits, weights */
   score<P>(r, tile[0], lane, x);
@@ -207,6 +208,15 @@ INLINE void work(struct rows<P> &r, const struct wkv_cross_attention &a, const i
   for (int column = 0; column < P::COLUMNS; column++)
 #pragma unroll
     for (int s = 0; s < 2 * P::HALVES; s++) x[column][s] = fmaf(x[column][s], r.unit[s / 2], r.bias[s / 2]);
+  if (P::IS_BIASED)
+#pragma unroll
+    for (int column = 0; column < P::COLUMNS; column++)
+#pragma unroll
+      for (int i = 0; i < 2; i++) {
+        const int frame = first + frame_of<P>(column, lane, i);
+        const float more = frame < length ? bias[frame] * (1 / LOG_2) : 0;
+        for (int half = 0; half < P::HALVES; half++) x[column][2 * half + i] += more;
+      }
   if (first + P::FRAMES > length)
 #pragma unroll
     for (int column = 0; column < P::COLUMNS; column++)
@@ -348,6 +358,7 @@ INLINE void go_over(const struct wkv_cross_attention &a, room<P> *const memory, 
   const int64_t groups = P::IS_PACKED ? count_of(a.frames, a.group) : 1;
   const float *const key_scales = a.key_scales + matrix * groups * 2 * CHANNELS;
   const float *const value_scales = a.value_scales + matrix * groups * 2 * CHANNELS;
+  const float *const bias = a.bias + (P::IS_BIASED ? matrix / a.heads * a.frames : 0);
   rows<P> r = {};
   for (int half = 0; half < P::HALVES; half++) r.top[half] = r.flushed[half] = -FLT_MAX; /* finite: inf - inf is NaN */
   for (int tile = 0; tile < CHANNELS / TILE_COLUMNS; tile++)
@@ -370,7 +381,7 @@ INLINE void go_over(const struct wkv_cross_attention &a, room<P> *const memory, 
     }
     copies_but<1>();
     __syncwarp();
-    work<P>(r, a, head, queries, memory->number, memory->tiles[warp][stage], first, length, lane);
+    work<P>(r, a, head, queries, memory->number, memory->tiles[warp][stage], bias, first, length, lane);
     __syncwarp(); /* or a lane copies over what another still reads */
   }
   copies_but<0>();
@@ -417,30 +428,26 @@ template <class P>
 __global__ void __launch_bounds__(THREADS, P::BLOCKS) attend(const struct wkv_cross_attention a, const int lots) {
   DYNAMIC_SHARED(memory_of_block);
   room<P> *const memory = (room<P> *)memory_of_block;
-  const int lot = blockIdx.x % lots, lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
+  const int lot = blockIdx.x % lots, warp = threadIdx.x / WARP;
   const int64_t place = blockIdx.x / lots, split = place % a.splits, matrix = place / a.splits;
   const int64_t audio = matrix / a.heads, head = matrix % a.heads;
   const int length = a.lengths[audio] < a.frames ? a.lengths[audio] : (int)a.frames;
   const int64_t tiles = count_of(length, P::FRAMES), parts = a.splits * WARPS, part = split * WARPS + warp;
   const int begin = (int)(tiles * part / parts) * P::FRAMES, end = (int)(tiles * (part + 1) / parts) * P::FRAMES;
-  if (audio == 0 && lot == 0 && !a.sums) clear_strays<typename P::T>(a, head, threadIdx.x, THREADS);
+  if (audio == 0 && lot == 0 && split == 0) clear_strays<typename P::T>(a, head, threadIdx.x, THREADS);
   for (int skipped = lot * P::QUERIES;; skipped += lots * P::QUERIES) {
-    if (warp == 0) {
-      const int found = find_queries(a, audio, lane, skipped, P::QUERIES, memory->number);
-      if (lane == 0) memory->found = found;
-    }
-    __syncthreads();
-    const int queries = memory->found;
-    if (queries <= 0) return;
+    const int queries = find_together(a, audio, skipped, P::QUERIES, memory->number, &memory->found);
+    if (queries <= 0) break;
     go_over<P>(a, memory, matrix, head, queries, begin, end, length);
     __syncthreads();
     store<P>(a, memory, head, split, queries);
     __syncthreads(); /* the numbers of the queries are found anew */
   }
+  finish_lot<typename P::T, P::QUERIES>(a, matrix, lot, lots, memory->number, &memory->found);
 }
 
 template <class P> const char *launch_plan(const struct wkv_cross_attention *const a, const cudaStream_t stream) {
-  const int lots = (int)count_of(count_of(a->rows * a->tokens, a->audios), P::QUERIES);
+  const int lots = lots_of(a, P::QUERIES);
   const char *const refused = allow_shared((const void *)attend<P>, sizeof(room<P>));
   if (refused) return refused;
   const dim3 grid(a->audios * a->heads * a->splits * lots);
@@ -448,10 +455,16 @@ template <class P> const char *launch_plan(const struct wkv_cross_attention *con
   return launch_error();
 }
 
+template <class T, int BITS, bool IS_BIASED>
+const char *launch_some(const struct wkv_cross_attention *const a, const cudaStream_t stream) {
+  const bool few = count_of(a->rows * a->tokens, a->audios) <= 8;
+  return few ? launch_plan<plan<T, BITS, 8, IS_BIASED>>(a, stream)
+             : launch_plan<plan<T, BITS, 16, IS_BIASED>>(a, stream);
+}
+
 template <class T, int BITS>
 const char *launch(const struct wkv_cross_attention *const a, const cudaStream_t stream) {
-  const bool few = count_of(a->rows * a->tokens, a->audios) <= 8;
-  return few ? launch_plan<plan<T, BITS, 8>>(a, stream) : launch_plan<plan<T, BITS, 16>>(a, stream);
+  return a->bias ? launch_some<T, BITS, true>(a, stream) : launch_some<T, BITS, false>(a, stream);
 }
 
 /* Whether it can: a group must hold whole tiles, and pieces must be aligned. */

@@ -46,6 +46,7 @@ template <class P> struct __align__(16) room {
 /* What does not change over a block. */
 struct block {
   int64_t matrix, head;
+  const float *bias;              /* of the audio's frames, or NULL */
   int dim, length, queries, units; /* units: of this warp */
   int lane, warp;
 };
@@ -173,6 +174,7 @@ INLINE void soften(const struct block &b, const struct wkv_cross_attention &a, s
 #pragma unroll
     for (int part = 0; part < WARPS; part++) logit += memory->parts[part][query][n];
     logit *= a.scale / LOG_2;
+    if (b.bias && frame < b.length) logit += b.bias[frame] * (1 / LOG_2);
     if (a.weights && query < b.queries && frame < b.length) {
       const int64_t row = memory->number[query] / a.tokens, token = memory->number[query] % a.tokens;
       a.weights[((row * a.heads + b.head) * a.tokens + token) * a.frames + frame] = logit * LOG_2;
@@ -452,17 +454,13 @@ __global__ void __launch_bounds__(THREADS, 1) attend(const struct wkv_cross_atte
   b.warp = threadIdx.x / WARP;
   b.units = (b.dim / UNIT - b.warp + WARPS - 1) / WARPS;
   const int64_t audio = b.matrix / a.heads;
+  b.bias = a.bias ? a.bias + audio * a.frames : NULL;
   b.length = a.lengths[audio] < a.frames ? a.lengths[audio] : (int)a.frames;
   const int64_t tiles = count_of(b.length, FRAMES);
   const int begin = (int)(tiles * split / a.splits) * FRAMES, end = (int)(tiles * (split + 1) / a.splits) * FRAMES;
-  if (audio == 0 && lot == 0 && !a.sums) clear_strays<typename P::T>(a, b.head, threadIdx.x, THREADS);
+  if (audio == 0 && lot == 0 && split == 0) clear_strays<typename P::T>(a, b.head, threadIdx.x, THREADS);
   for (int skipped = lot * QUERIES;; skipped += lots * QUERIES) {
-    if (b.warp == 0) {
-      const int found = find_queries(a, audio, b.lane, skipped, QUERIES, memory->number);
-      if (b.lane == 0) memory->found = found;
-    }
-    __syncthreads();
-    b.queries = memory->found;
+    b.queries = find_together(a, audio, skipped, QUERIES, memory->number, &memory->found);
     if (b.queries <= 0) return;
     attend_some<P>(b, a, split, begin, end, memory);
     __syncthreads(); /* the numbers of the queries are found anew */
@@ -472,7 +470,7 @@ __global__ void __launch_bounds__(THREADS, 1) attend(const struct wkv_cross_atte
 template <class T, int BITS>
 const char *launch(const struct wkv_cross_attention *const a, const cudaStream_t stream) {
   typedef plan<T, BITS> P;
-  const int lots = (int)count_of(count_of(a->rows * a->tokens, a->audios), QUERIES);
+  const int lots = lots_of(a, QUERIES);
   const size_t bytes = sizeof(room<P>) + 2 * a->head_dim * P::BYTES;
   const char *const refused = allow_shared((const void *)attend<P>, bytes);
   if (refused) return refused;

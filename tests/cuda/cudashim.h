@@ -1,8 +1,8 @@
 /* CUDA's kernels on a CPU: a block's threads are fibers, which meet in __syncthreads and in the operations of a warp.
  * One block runs at a time, so that shared memory is static. It reports threads that wait at different barriers, lanes
  * that are missing from a mask, and deadlocks. It does not see races in memory, nor PTX: where a source has some, it has
- * a plain form beside it. With SHIM_REVERSE=1 in the environment, warps and lanes run in the other order, and copies that
- * are not waited for are made at once, where otherwise they are put off until they must be there: run both. */
+ * a plain form beside it. With SHIM_REVERSE=1 in the environment, blocks, warps and lanes run in the other order, and
+ * copies that are not waited for are made at once, where otherwise they are put off until they must be there: run both. */
 #pragma once
 #include <cmath>
 #include <cstdint>
@@ -120,7 +120,8 @@ template <class T> inline T shfl(unsigned m, T v, int src) {
 }
 template <class... P, class... A> void launch(dim3 g, dim3 b, size_t smem, void (*k)(P...), A... a) {
   std::function<void()> body = [=] { k(P(a)...); }; const size_t SS = 64 << 10; long nb = (long)g.x * g.y * g.z;
-  for (long bi = 0; bi < nb; bi++) {
+  for (long turn = 0; turn < nb; turn++) {
+    const long bi = dir() < 0 ? nb - 1 - turn : turn;
     int n = (int)(b.x * b.y * b.z); std::vector<char> dyn(smem, (char)0xCC);   // poisoned, exact size for ASan
     B.bid = { unsigned(bi % g.x), unsigned(bi / g.x % g.y), unsigned(bi / g.x / g.y) };
     B.bdim = b; B.gdim = g; B.body = &body; B.live = n; B.arrived = 0; B.gen = 0; B.idle = 0;
@@ -157,4 +158,6 @@ inline unsigned __ballot_sync(unsigned m, int p) { unsigned r = 0; cudashim::mee
 inline int __any_sync(unsigned m, int p) { return __ballot_sync(m, p) != 0; }
 inline int __all_sync(unsigned m, int p) { return __ballot_sync(m, p) == m; }
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
+inline void __threadfence() {} // a block is over before the next one begins
+inline unsigned atomicInc(unsigned* place, unsigned most) { unsigned was = *place; *place = was >= most ? 0 : was + 1; return was; }
 inline unsigned __byte_perm(unsigned a, unsigned b, unsigned s) { uint64_t x = a | (uint64_t)b << 32; unsigned r = 0; for (int i = 0; i < 4; i++) r |= (unsigned)(x >> 8 * (s >> 4 * i & 7) & 255) << 8 * i; return r; }

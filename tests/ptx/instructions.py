@@ -235,7 +235,9 @@ def load(machine, number, instruction):
         elif space == "shared":
             data = machine.shared.bytes[machine.shared.cells(threads, at, size, False, instruction, number)]
         else:
-            data = machine.memory.bytes[machine.memory.cells(at, size, instruction)]
+            cells = machine.memory.cells(at, size, instruction)
+            machine.memory.check_read(threads, cells, instruction)
+            data = machine.memory.bytes[cells]
         numbers = np.ascontiguousarray(data).view(dtype)
         for i, write in enumerate(writers):
             write(threads, numbers[:, i].copy())
@@ -254,7 +256,31 @@ def store(machine, number, instruction):
         if space == "shared":
             machine.shared.bytes[machine.shared.cells(threads, at, size, True, instruction, number)] = data
         else:
-            machine.memory.bytes[machine.memory.cells(at, size, instruction)] = data
+            cells = machine.memory.cells(at, size, instruction)
+            machine.memory.note_write(threads, cells)
+            machine.memory.bytes[cells] = data
+
+    return step
+
+
+def fence(machine, number, instruction):
+    return machine.memory.fence
+
+
+def count(machine, number, instruction):
+    """atom.inc, one thread after the other."""
+    assert instruction.name == "atom.global.inc.u32", instruction
+    write, most = machine.writer(instruction.operands[0]), machine.reader(instruction.operands[2], np.uint32)
+    address = address_of(machine, instruction.operands[1])
+
+    def step(threads):
+        machine.memory.count(threads)
+        for thread in threads:
+            one = np.array([thread])
+            cells = machine.memory.cells(address(one), 4, instruction)[0]
+            was = machine.memory.bytes[cells].view(np.uint32)[0]
+            machine.memory.bytes[cells] = np.array([0 if was >= most(one)[0] else was + 1], np.uint32).view(np.uint8)
+            write(one, np.array([was], np.uint32))
 
     return step
 
@@ -398,5 +424,6 @@ def multiply_matrices(machine, number, instruction):
 
 SPECIAL = {
     "cvt": convert, "mov": move, "ld": load, "st": store, "cvta": to_address_space, "cp": copy, "bar": barrier,
-    "shfl": shuffle, "vote": vote, "ldmatrix": load_matrix, "mma": multiply_matrices,
+    "shfl": shuffle, "vote": vote, "ldmatrix": load_matrix, "mma": multiply_matrices, "atom": count, "membar": fence,
+    "fence": fence,
 }  # fmt: skip

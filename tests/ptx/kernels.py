@@ -79,10 +79,12 @@ class Cross:
     """A problem of cross-attention, in memory."""
 
     def __init__(self, bits=0, dtype="float16", rows=5, tokens=1, heads=1, dim=64, audios=1, frames=80, lengths=None,
-                 splits=1, group=64, weights=False, latent=False, owner=None, seed=0, offset=0):  # fmt: skip
+                 splits=1, group=64, weights=False, latent=False, owner=None, seed=0, offset=0, lots=1,
+                 biased=False):  # fmt: skip
         draw = np.random.default_rng(seed)
         self.sizes = dict(rows=rows, tokens=tokens, heads=heads, head_dim=dim, audios=audios, frames=frames)
         self.dtype, self.bits, self.splits, self.group, self.latent = dtype, bits, splits, group, latent
+        self.biased = biased
         self.lengths = np.array(lengths or [frames] * audios, np.int32)
         self.owner = np.array(owner if owner is not None else np.arange(rows) % audios, np.int32)
         self.query = rounded(draw.standard_normal((rows, tokens, heads, dim)), dtype)
@@ -101,23 +103,31 @@ class Cross:
         keys, key_scales, self.keys = cache()
         values, value_scales, self.values = (keys, key_scales, self.keys) if latent else cache()
         lines = splits * rows * tokens * heads
+        self.bias = np.log(draw.integers(1, 17, (audios, frames))).astype(np.float32) * biased
         nothing = functools.partial(np.full, fill_value=np.nan, dtype=np.float32)
         is_split = splits > 1 or weights
+        self.lots = lots if is_split and dim <= 64 else 0  # of counters
         self.addresses = dict(
             query=put(self.query), keys=keys, values=values, key_scales=key_scales, value_scales=value_scales,
-            owner=put(self.owner), lengths=put(self.lengths), output=put(rounded(nothing(self.query.shape), dtype)),
+            owner=put(self.owner), lengths=put(self.lengths), bias=put(self.bias) if biased else 0,
+            output=put(rounded(nothing(self.query.shape), dtype)),
             weights=put(nothing((rows, heads, tokens, frames))) if weights else 0,
             sums=put(nothing((lines, up(dim, 32)))) if is_split else 0,
             totals=put(nothing((lines, 2))) if is_split else 0,
+            counters=put(np.zeros(audios * heads * lots, np.uint32)) if self.lots else 0,
         )  # fmt: skip
         self.struct = packed(
             "wkv_cross_attention", **self.sizes, dtype=DTYPES.index(dtype), bits=bits, group=group, scale=dim**-0.5,
-            splits=splits, **self.addresses,
+            splits=splits, lots=self.lots, **self.addresses,
         )  # fmt: skip
 
     @property
     def queries(self):
         return -(-self.sizes["rows"] * self.sizes["tokens"] // self.sizes["audios"])  # of an audio, about
+
+    def lots_of(self, together):
+        lots = up(self.queries, together) // together
+        return min(lots, self.lots) if self.lots else lots
 
     def launch(self):
         """Name, grid, threads, shared memory and further arguments of the kernel that the launch chooses."""
@@ -125,13 +135,13 @@ class Cross:
         blocks = self.sizes["audios"] * self.sizes["heads"] * self.splits
         if dim == 64 and dtype != "float32" and (not bits or self.group % 32 == 0):
             together = 8 if self.queries <= 8 else 16
-            lots, frames = up(self.queries, together) // together, 32 if bits else 16
+            lots, frames = self.lots_of(together), 32 if bits else 16
             tiles = 4 * 2 * 2 * frames * 64 * (bits or 16) // 8
             shared = up(tiles + 4 * together * (68 + 2) * 4 + together * 4 + 4, 16)
-            name = ("heads", "attend", f"{MANGLED[dtype]}Li{bits}ELi{together}E")
+            name = ("heads", "attend", f"{MANGLED[dtype]}Li{bits}ELi{together}ELb{int(self.biased)}E")
             return name, blocks * lots, 128, shared, np.int32(lots).tobytes()
         if self.latent and dtype != "float32" and 64 < dim <= 1280 and dim % 64 == 0:
-            lots = up(self.queries, 24) // 24
+            lots = self.lots_of(24)
             room = 8 * 24 * 20 * 4 + 24 * 16 * 2 + 2 * 8 * 24 * 4 + 1280 * 4 + 5 * 24 * 4 + 4
             shared = up(room, 16) + 2 * dim * (2 * bits or 32)
             return (
@@ -145,7 +155,7 @@ class Cross:
         size = 4 if dtype == "float32" else 2
         channels, pad, line = up(dim, 16), 16 // size, frames + 8
         warps = min(warps, channels // 8)
-        slices, lots = max(1, min(warps // (frames // 8), channels // 16)), up(self.queries, 16) // 16
+        slices, lots = max(1, min(warps // (frames // 8), channels // 16)), self.lots_of(16)
         parts = [16 * (channels + pad) * size, *[frames * (channels + pad) * size] * (1 if self.latent else 2),
                  slices * 16 * line * 4, 16 * (frames + pad) * size, 64, 64, 64, 64]  # fmt: skip
         aligned = dim * size % 16 == 0 and self.addresses["keys"] % 16 == 0
@@ -163,12 +173,15 @@ class Cross:
         mangled = MANGLED[self.dtype]
         kernel = program("cross").kernel("finishI" + mangled + "E")
         grid = self.sizes["rows"] * self.sizes["tokens"] * self.sizes["heads"]
-        return Machine(kernel, self.memory).run(self.struct, grid, 64)
+        return Machine(kernel, self.memory).run(self.struct, grid, 128)
 
     def check(self):
         """Runs all of it, and holds the output and the weights against float64."""
         self.run()
-        if self.addresses["sums"]:
+        if self.lots:
+            blocks = self.sizes["audios"] * self.sizes["heads"] * self.lots
+            assert not self.memory.get(self.addresses["counters"], (blocks,), np.uint32).any()
+        elif self.addresses["sums"]:
             self.finish()
         rows, tokens, heads, _, audios, frames = self.sizes.values()
         output = floats(self.memory.get(self.addresses["output"], self.query.shape, self.query.dtype))
@@ -178,6 +191,7 @@ class Cross:
                 length = self.lengths[audio]
                 keys, values = (x[audio, head, :length].astype(np.float64) for x in (self.keys, self.values))
                 logits = floats(self.query)[row, :, head] @ keys.T * self.sizes["head_dim"] ** -0.5
+                logits += self.bias[audio, :length]
                 weight = np.exp(logits - logits.max(1, keepdims=True))
                 weights[row, head, :, :length] = weight = weight / weight.sum(1, keepdims=True)
                 wanted[row, :, head] = weight @ values

@@ -22,12 +22,14 @@ class Machine:
     def run(self, parameters, grid, threads, dynamic_bytes=0, blocks=None):
         self.parameters = np.frombuffer(parameters, np.uint8)
         self.grid, self.threads = grid, threads
+        self.memory.start()
         for self.block in range(grid) if blocks is None else blocks:
             self.run_block(dynamic_bytes)
         return self
 
     def run_block(self, dynamic_bytes):
         self.shared = SharedMemory(self.kernel.static_bytes + dynamic_bytes, self.threads)
+        self.memory.enter(self.block, self.threads)
         kinds = self.kernel.registers
         self.registers = {r: np.zeros(self.threads, t if t.kind == "b" else f"u{t.itemsize}") for r, t in kinds.items()}
         self.copies = [[[]] for _ in range(self.threads)]  # of each thread, in groups; the last one is open
@@ -50,6 +52,7 @@ class Machine:
             raise Fault("threads wait at different barriers")
         at -= WAITING
         self.shared.barrier()
+        self.memory.barrier()
 
     def run_some(self, at, number):
         """The threads that are there go on together until a branch, or until others may join them."""

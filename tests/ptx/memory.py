@@ -14,12 +14,49 @@ class Fault(Exception):
 
 
 class GlobalMemory:
-    """Of the device: arrays with gaps between them."""
+    """Of the device: arrays with gaps between them. What one block writes another may use once it is passed on: by a
+    fence, of the thread that wrote or of another after a barrier, before the one block counts itself; and by a fence
+    after the other has counted itself."""
 
     def __init__(self, size=1 << 24):
         self.bytes = np.zeros(size, np.uint8)
         self.exists = np.zeros(size, bool)
         self.top = 4096
+
+    def start(self):
+        """A launch begins, after all that was before."""
+        size = self.top
+        self.writer, self.thread, self.phase = (np.full(size, NOBODY, np.int32) for _ in range(3))
+        self.is_passed_on, self.is_fenced = np.zeros(size, bool), np.zeros(size, bool)
+
+    def enter(self, block, threads):
+        """Another block runs."""
+        self.block, self.barriers = block, 0
+        self.has_counted, self.knows = np.zeros(threads, bool), np.zeros(threads, bool)  # what others have passed on
+
+    def barrier(self):
+        self.barriers += 1
+        self.has_counted[:] = self.has_counted.any()
+        self.knows[:] = self.knows.any()
+
+    def note_write(self, threads, cells):
+        self.writer[cells], self.thread[cells] = self.block, threads[:, None]
+        self.phase[cells] = self.barriers
+        self.is_fenced[cells] = self.is_passed_on[cells] = False
+
+    def fence(self, threads):
+        mine = self.writer == self.block
+        self.is_fenced |= mine & ((self.phase < self.barriers) | np.isin(self.thread, threads))
+        self.knows[threads] |= self.has_counted[threads]
+
+    def count(self, threads):
+        self.is_passed_on |= self.is_fenced & (self.writer == self.block)
+        self.has_counted[threads] = True
+
+    def check_read(self, threads, cells, instruction):
+        others = (self.writer[cells] != NOBODY) & (self.writer[cells] != self.block)
+        if (others & ~(self.is_passed_on[cells] & self.knows[threads][:, None])).any():
+            raise Fault(f"global memory of another block used without a fence: {instruction}")
 
     def put(self, array, offset=0):
         """The address of a copy; offset: bytes past where it would be aligned."""
