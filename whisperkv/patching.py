@@ -11,8 +11,8 @@ from transformers.models.whisper.modeling_whisper import WhisperAttention, Whisp
 from . import encoder as encoders
 from . import weights as matrices
 from .adoption import CacheAdoption
-from .config import CrossConfig, EvictionConfig
 from .compat import become
+from .config import CrossConfig, EvictionConfig
 from .decoder import FastDecoder
 from .eligible import ATTENTIONS, check_device, check_projections
 from .graphs import Graphs
