@@ -1,28 +1,29 @@
 """Whole transcriptions by every engine: same audio, same threads, same options, turn by turn in one run.
 
-Each engine is a process of its own (workers/), in an environment of its own where it needs one; `make engines` sets all of
-them up and converts the weights. What cannot be loaded is left out, with a line that says why.
+Each engine is a process of its own (workers/), in an environment of its own where it needs one; `make engines` sets all
+of them up and converts the weights. What cannot be loaded is left out, with a line that says why.
 
 Every engine gets float32 samples at 16 kHz in memory and gives back text: no timestamps, no fallback to other
-temperatures, English, at most TOKENS tokens an audio, tokens that are no speech suppressed. Each is pinned to as many cores
-as it has threads. A turn transcribes all audios once; engines take turns, the other way round the next time; medians of
-the turns. A shorter one before them warms up.
+temperatures, English, at most TOKENS tokens an audio, tokens that are no speech suppressed. Each is pinned to as many
+cores as it has threads. A turn transcribes all audios once; engines take turns, the other way round the next time;
+medians of the turns. The first batch, before them, warms up.
 
 Columns, seconds for all audios:
-log-mel      samples to features. transformers: its extractor; whisperkv: log_mel(); the others: their own. ONNX Runtime
-             (optimum) uses transformers' extractor
-encoder      features to states. In faster-whisper and whisper.cpp the projection of cross-attention's keys and values is
-             in the encoder (whisper.cpp) or in the first pass of the decoder (faster-whisper); in transformers and
-             whisperkv in the first pass, if at all
-decoder      all the rest: the passes of the decoder, the search, tokens to text
+log-mel      samples to features: whisperkv by log_mel(), transformers and ONNX Runtime (optimum) by transformers'
+             extractor, the others by their own. OpenVINO, whisper.cpp: as they count it themselves
+encoder      features to states. The keys and values of cross-attention are made here by whisper.cpp, and by the others
+             in the decoder's first pass, if at all
+decoder      all the rest: passes of the decoder, output head, search, tokens to text
 total        samples to text
 first token  the first batch's total where one token is asked for
 memory       the most that the process held while it transcribed, and what of that came after its imports
 WER          % after Whisper's normalizer; only with real weights
 NLL          nats a token of transformers' own float32 greedy text, forced; only transformers and whisperkv
 loops        texts that got stuck
+same texts   as transformers' in float32, by the same search
 
-whisper.cpp, OpenVINO and faster-whisper's own transcribe() take one audio after the other, whatever the batch.
+whisper.cpp, OpenVINO and faster-whisper's own transcribe() take one audio after the other, whatever the batch. OpenVINO
+computes in bfloat16 where the processor can, as it does unless told otherwise; its int8 are the weights.
 small and large-v3-turbo have random weights: speed only, a fixed number of tokens (--tokens).
 """
 
@@ -151,7 +152,7 @@ class Gone(Exception):
 
 
 class Team:
-    """The workers of one model. Where memory is short, the one that has waited longest is ended and begins anew later."""
+    """The workers of one model. Where memory is short, the one that has waited longest ends, and begins anew later."""
 
     def __init__(self, names, model, audios, threads, cores, spare):
         self.begin = lambda name: Worker(name, model, audios, threads, cores)

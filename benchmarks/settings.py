@@ -1,5 +1,7 @@
 """whisperkv's settings that are measured: keywords of patch(), those of CrossConfig under "cross"."""
 
+import inspect
+
 SMALL = {"format": "latent_int8", "trim": "padding"}
 OURS = {
     "patch(model)": {},
@@ -17,8 +19,6 @@ OURS = {
 
 def unknown(settings):
     """Why this build's patch() does not take the settings, or None."""
-    import inspect
-
     from whisperkv import CrossConfig, patch
 
     missing = [name for name in settings if name not in inspect.signature(patch).parameters]

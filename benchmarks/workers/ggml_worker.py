@@ -1,5 +1,5 @@
-"""whisper.cpp through pywhispercpp, built on this machine for its instruction set. It takes one audio after the other, and
-the times of its parts are those that it keeps itself."""
+"""whisper.cpp through pywhispercpp, built on this machine for its instruction set. It takes one audio after the other,
+and the times of its parts are those that it keeps itself."""
 
 import ctypes
 import importlib.metadata

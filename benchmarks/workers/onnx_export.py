@@ -12,7 +12,13 @@ NEEDED = ("encoder_model.onnx", "decoder_model_merged.onnx")
 
 source, target = map(Path, sys.argv[1:])
 with tempfile.TemporaryDirectory() as exported:
-    main_export(source, exported, task="automatic-speech-recognition-with-past", do_validation=False)
+    main_export(
+        str(source),
+        exported,
+        task="automatic-speech-recognition-with-past",
+        library_name="transformers",
+        do_validation=False,
+    )
     target.mkdir()
     for name in NEEDED:
         quantize_dynamic(

@@ -1,5 +1,5 @@
-"""OpenVINO: openvino-genai's WhisperPipeline on what optimum-intel exported. It takes one audio after the other, and the
-times of its parts are those that it keeps itself."""
+"""OpenVINO: openvino-genai's WhisperPipeline on what optimum-intel exported. It takes one audio after the other, and
+the times of its parts are those that it keeps itself."""
 
 import importlib.metadata
 

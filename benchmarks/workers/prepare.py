@@ -1,5 +1,6 @@
-"""What the engines read, made from the weights that there are: folders of transformers, and from these files of whisper.cpp
-and folders of OpenVINO, ONNX Runtime and CTranslate2, each by its own environment. What is there already is left alone.
+"""What the engines read, made from the weights that there are: folders of transformers, and from these files of
+whisper.cpp and folders of OpenVINO, ONNX Runtime and CTranslate2, each by its own environment. What is there already is
+left alone.
 
     python benchmarks/workers/prepare.py [--models tiny.en base small large-v3-turbo]
 

@@ -1,4 +1,4 @@
-"""transformers, and whisperkv on top of it: the same process but for patch(), and log_mel() instead of the extractor."""
+"""transformers, and whisperkv on top of it: the same but for patch(), and log_mel() instead of the extractor."""
 
 import sys
 from pathlib import Path
@@ -27,7 +27,9 @@ class Engine:
         encoder.register_forward_pre_hook(lambda *_: self.encoding.__enter__())
         encoder.register_forward_hook(lambda *_: self.encoding.__exit__())
         if patch is None:
-            self.features = lambda audios: self.processor(audios, sampling_rate=16000, return_tensors="pt").input_features
+            self.features = lambda audios: (
+                self.processor(audios, sampling_rate=16000, return_tensors="pt").input_features
+            )
             return {"version": f"transformers {transformers.__version__}, torch {torch.__version__}"}
         import whisperkv
         from whisperkv.features import log_mel

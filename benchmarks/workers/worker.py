@@ -1,5 +1,5 @@
-"""What the workers share: requests and answers as JSON lines, clocks, and memory. Only NumPy beside the standard library,
-as every engine has an environment of its own.
+"""What the workers share: requests and answers as JSON lines, clocks, and memory. Only NumPy beside the standard
+library, as every engine has an environment of its own.
 
 A worker is a script that ends with serve(Engine). An Engine has
 
@@ -11,6 +11,7 @@ A worker is a script that ends with serve(Engine). An Engine has
                         None for what it cannot tell
 """
 
+import functools
 import json
 import os
 import sys
@@ -53,7 +54,9 @@ class _Worker:
         forget_peak()
         texts, tokens, parts, start = [], [], dict.fromkeys(PARTS, 0.0), perf_counter()
         for first in range(0, len(rows), batch):
-            found = self.engine.transcribe([self.audios[row] for row in rows[first : first + batch]], beams, most, least)
+            found = self.engine.transcribe(
+                [self.audios[row] for row in rows[first : first + batch]], beams, most, least
+            )
             texts += found["texts"]
             tokens += found["tokens"] or []
             for part in PARTS:
@@ -95,6 +98,7 @@ class Clock:
     def around(self, function):
         """The same function, its time counted."""
 
+        @functools.wraps(function)  # generate() looks at the arguments of an encoder
         def timed(*args, **options):
             with self:
                 return function(*args, **options)
