@@ -286,7 +286,7 @@ def speeches_of(args):
     return audio.utterances(args.data)[: args.count]
 
 
-def main():
+def arguments():
     parser = tables.arguments(__doc__)
     for action in parser._actions:
         if action.dest == "models":
@@ -301,7 +301,10 @@ def main():
     parser.add_argument("--tokens", type=int, default=FIXED, help="an audio, of random weights (default: %(default)s)")
     parser.add_argument("--engines", nargs="+", metavar="TEXT", help="only those whose names have one of these in them")
     parser.add_argument("--spare", type=float, default=6, metavar="GB", help="memory to leave free (default: 6)")
-    args = parser.parse_args()
+    return parser
+
+
+def main(args):
     if args.quick:
         args.count, args.repeat, args.batch, args.beams = 2, 1, args.batch[:1], args.beams[:1]
     os.environ["PYTHONPATH"] = str(Path(__file__).parents[1])  # this whisperkv in the workers
@@ -323,4 +326,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    main(arguments().parse_args())
