@@ -7,8 +7,6 @@ OURS = {
     "patch(model)": {},
     "latent_int8": {"cross": {"format": "latent_int8"}},
     "latent_int8, trim": {"cross": SMALL},
-    "weights=model": {"weights": "model"},
-    "weights=model, latent_int8, trim": {"weights": "model", "cross": SMALL},
     "bfloat16": {"weights": "bfloat16"},
     "bfloat16, latent_int8, trim": {"weights": "bfloat16", "cross": SMALL},
     "int8": {"weights": "int8"},
