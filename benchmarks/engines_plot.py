@@ -32,7 +32,7 @@ def draw(rows, path):
 
     cases = list(dict.fromkeys((row["model"], row["batch"], row["beams"], row["threads"]) for row in rows))
     groups = [[row for row in rows if case_of(row) == case] for case in cases]
-    height = sum(0.6 + 0.24 * len(group) for group in groups)
+    height = 0.3 + sum(0.7 + 0.24 * len(group) for group in groups)  # inches
     figure, panels = pyplot.subplots(
         len(groups), 1, figsize=(8, height), squeeze=False, height_ratios=[2 + len(group) for group in groups]
     )
@@ -40,7 +40,9 @@ def draw(rows, path):
         bars(panel, sorted(group, key=lambda row: row["total"]))
         panel.set_title("{}, batch {}, {} beam(s), {} thread(s)".format(*case), loc="left", fontsize=10)
     panels[-1, 0].set_xlabel("seconds")
-    figure.tight_layout()
+    figure.tight_layout(rect=(0, 0, 1, 1 - 0.3 / height))
+    keys = [pyplot.Rectangle((0, 0), 1, 1, color=colour) for colour in THEIRS]
+    figure.legend(keys, LABELS, loc="upper right", ncols=3, frameon=False)
     figure.savefig(path, transparent=True, metadata={"Date": None})
 
 
@@ -64,9 +66,6 @@ def bars(panel, rows):
     panel.margins(x=0.12)
     for side in panel.spines.values():
         side.set_visible(False)
-    for colour, label in zip(THEIRS, LABELS):
-        panel.barh(0, 0, color=colour, label=label)
-    panel.legend(frameon=False, loc="lower right", fontsize=8)
 
 
 def main():
