@@ -9,7 +9,7 @@ SOURCES := $(shell find csrc -name '*.[ch]' -o -name '*.cu') setup.py pyproject.
 BIN := $(VENV)/bin
 
 .PHONY: demo test test-floor sanitize sanitize-cuda ptx gpu gpu-ready gpu-tests gpu-ops gpu-steps gpu-generate gpu-memory \
-	gpu-sanitize bench clean
+	gpu-sanitize bench engines clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python -m whisperkv.demo $(AUDIO)
@@ -21,7 +21,7 @@ test: $(VENV)/.test
 	$(BIN)/python -m pytest -q -n $(JOBS) --dist worksteal $(TESTS)
 
 # Only what touches transformers.
-FLOOR = adoption capture patch cache cross_cache graphs generate ctranslate2 config trim
+FLOOR = adoption capture patch cache cross_cache graphs generate ctranslate2 config trim features
 test-floor:
 	WHISPERKV_CUDA=off $(MAKE) test VENV=.venv-floor CONSTRAINTS=constraints-floor.txt TESTS="$(FLOOR:%=tests/test_%.py)"
 
@@ -77,6 +77,25 @@ gpu-sanitize: gpu-ready
 bench: $(VENV)/.bench
 	$(BIN)/python benchmarks/run.py
 
+# The engines that whisperkv is measured against, each in an environment of its own, and the weights as they read them.
+# Then: .venv/bin/python benchmarks/engines.py --help. MODELS="tiny.en base small large-v3-turbo": the last two at random.
+ENGINES := .venv-engines
+MODELS ?= tiny.en base
+engines: $(VENV)/.bench $(ENGINES)/faster-whisper $(ENGINES)/whispercpp $(ENGINES)/onnx $(ENGINES)/openvino
+	$(BIN)/python benchmarks/workers/prepare.py --models $(MODELS)
+
+# Those that cannot be had here are left out of the table.
+$(ENGINES)/faster-whisper: PACKAGES = faster-whisper
+$(ENGINES)/whispercpp: PACKAGES = --no-binary pywhispercpp pywhispercpp
+$(ENGINES)/whispercpp: export CMAKE_ARGS = -DGGML_NATIVE=ON
+$(ENGINES)/onnx: PACKAGES = -c $(CONSTRAINTS) torch optimum-onnx[onnxruntime] ctranslate2
+$(ENGINES)/openvino: PACKAGES = -c $(CONSTRAINTS) torch optimum-intel[openvino] openvino-genai
+$(ENGINES)/%:
+	$(PYTHON) -m venv $@-making
+	-$@-making/bin/python -m pip install -q --disable-pip-version-check $(PACKAGES)
+	-$@-making/bin/python -m pip uninstall -q -y torchvision  # built for another torch, and not needed
+	mv $@-making $@
+
 # One stamp an extra: demo, test, bench. The package is installed in place, so Python changes need no new install.
 $(VENV)/.%: $(SOURCES)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -84,4 +103,4 @@ $(VENV)/.%: $(SOURCES)
 	touch $@
 
 clean:
-	rm -rf build dist *.egg-info whisperkv/*.so .venv .venv-floor
+	rm -rf build dist *.egg-info whisperkv/*.so .venv .venv-floor .venv-engines

