@@ -123,6 +123,26 @@ struct wkv_cross_attention {
   float *totals;                /* [splits, rows * tokens, heads, 2]: where exponentials are counted from, their sum */
 };
 
+/* ---- the choice of tokens, on the CPU alone ---- */
+
+/* A score, and where it stands among those of an audio: beam * vocabulary + token. */
+struct wkv_chosen {
+  float value;
+  int64_t place;
+};
+
+/* The largest scores of each audio, all its beams taken together, in order: NaN before all numbers, and of equal ones
+ * that of the first place. The same bits come out as those of scores + added. */
+struct wkv_choice {
+  int64_t audios, beams, vocabulary;
+  int64_t count;             /* of each audio, at most all */
+  const float *scores;       /* [audios, beams, vocabulary] */
+  const float *added;        /* [audios, beams]: to all scores of a beam */
+  struct wkv_chosen *chosen; /* [audios, beams, count]: of each beam, if it has so many */
+  float *values;             /* [audios, count] */
+  int64_t *places;           /* [audios, count] */
+};
+
 /* ---- on the CPU ---- */
 
 /* Fills parts, splits and part. */
@@ -141,13 +161,17 @@ const char *wkv_check_owners(const int32_t *owner, int64_t rows, const int32_t *
  *   score_evict        of rows
  *   pack               of audios * heads * groups
  *   cross_attention    of parts * heads * splits
- *   cross_finish       of rows * tokens * heads, when those are done */
+ *   cross_finish       of rows * tokens * heads, when those are done
+ *   choose             of audios * beams
+ *   choose_finish      of audios, when those are done */
 #define WKV_CPU_KERNELS(KERNEL) \
   KERNEL(compact_attention, (const struct wkv_attention *, int64_t begin, int64_t end)) \
   KERNEL(score_evict, (const struct wkv_eviction *, int64_t begin, int64_t end)) \
   KERNEL(pack, (const struct wkv_packing *, int64_t begin, int64_t end)) \
   KERNEL(cross_attention, (const struct wkv_cross_attention *, void *scratch, int64_t begin, int64_t end)) \
-  KERNEL(cross_finish, (const struct wkv_cross_attention *, int64_t begin, int64_t end))
+  KERNEL(cross_finish, (const struct wkv_cross_attention *, int64_t begin, int64_t end)) \
+  KERNEL(choose, (const struct wkv_choice *, int64_t begin, int64_t end)) \
+  KERNEL(choose_finish, (const struct wkv_choice *, int64_t begin, int64_t end))
 
 #define WKV_KERNEL_FIELD(name, arguments) void (*name) arguments;
 struct wkv_cpu_kernels {

@@ -62,7 +62,7 @@ def _refuse_transform(*args):
 # torch's own autograd step for ops without gradients only warns, in backward. Here calls fall through it, so that the
 # C code itself sees which inputs require grad and refuses them; where gradients are off that costs nothing.
 _library = torch.library.Library("whisperkv", "IMPL")
-for _name in ("compact_attention", "score_evict", "pack_frames", "cross_attention"):
+for _name in ("compact_attention", "score_evict", "pack_frames", "cross_attention", "choose_tokens"):
     _library.impl(_name, torch.library.fallthrough_kernel, "Autograd")
     _library.impl(_name, _refuse_transform, "FuncTorchDynamicLayerFrontMode")
 
@@ -70,8 +70,14 @@ compact_attention = torch.ops.whisperkv.compact_attention.default
 score_evict = torch.ops.whisperkv.score_evict.default
 pack_frames = torch.ops.whisperkv.pack_frames.default
 cross_attention = torch.ops.whisperkv.cross_attention.default
+choose_tokens = torch.ops.whisperkv.choose_tokens.default  # on the CPU alone
 
 TILE, CHANNELS, MOST_CHANNELS = 16, 32, 132_096  # of a packed cache, as in whisperkv.h
+
+
+def chooses(tensor):
+    """Whether choose_tokens takes it."""
+    return tensor.device.type == "cpu" and ISA != "cuda_on_cpu"
 
 
 # What torch.compile and torch.export see. The dtype of a cache may be any, but is the same for all of None.
@@ -106,6 +112,7 @@ _CROSS_PACKED = {
     "key_scales": (torch.float32, "audios heads groups two channels"),
     "value_scales": (torch.float32, "audios heads groups two channels"),
 }
+_CHOICE = {"scores": (torch.float32, "audios beams vocabulary"), "added": (torch.float32, "audios beams")}
 
 
 def _sizes(op, layout, *tensors):
@@ -171,3 +178,10 @@ def _(query, keys, values, key_scales, value_scales, owner, lengths, frames, gro
         frames = sizes["frames"]
     weights = [sizes["rows"], sizes["heads"], sizes["tokens"], frames] if want_weights else [0]
     return query.new_empty(query.shape), query.new_empty(weights, dtype=torch.float32)
+
+
+@torch.library.register_fake(choose_tokens)
+def _(scores, added, count):
+    sizes = _sizes(choose_tokens, _CHOICE, scores, added)
+    shape = [sizes["audios"], count]
+    return scores.new_empty(shape), scores.new_empty(shape, dtype=torch.int64)

@@ -8,6 +8,7 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 from transformers import WhisperForCausalLM, WhisperForConditionalGeneration, WhisperModel
 from transformers.models.whisper.modeling_whisper import WhisperAttention, WhisperDecoder, WhisperEncoder
 
+from . import searches
 from .adoption import CacheAdoption
 from .config import CrossConfig, EvictionConfig
 from .eligible import ATTENTIONS, become, check_device, check_projections
@@ -74,6 +75,7 @@ def patch(
         become(decoder, GraphDecoder)
     graphs = Graphs() if type(decoder) is GraphDecoder else None
     decoder.register_forward_pre_hook(CacheAdoption(eviction, cross, listener, graphs), with_kwargs=True)
+    searches.install(whisper)
     return model
 
 
@@ -134,6 +136,7 @@ def _adoption(decoder):
 
 
 def _restore(whisper):
+    searches.uninstall(whisper)
     decoder, encoder = _decoder(whisper), _encoder(whisper)
     if type(decoder) is GraphDecoder:
         become(decoder, WhisperDecoder)

@@ -129,3 +129,17 @@ bool device_attend_cross(struct call *const call, struct wkv_cross_attention *co
   free(owner);
   return done;
 }
+
+/* ---- the choice of tokens ---- */
+
+static void choose(const int64_t begin, const int64_t end, void *const choice) { kernels->choose(choice, begin, end); }
+
+bool device_choose(struct call *const call, struct wkv_choice *const c) {
+  const int64_t rows = c->audios * c->beams;
+  c->chosen = malloc((size_t)(rows * c->count) * sizeof *c->chosen);
+  const bool done = c->chosen ? share_out(call, rows, (double)c->vocabulary, choose, c)
+                              : fail(call, "no memory for the best of %lld beams", (long long)rows);
+  if (done) kernels->choose_finish(c, 0, c->audios);
+  free(c->chosen);
+  return done;
+}

@@ -71,3 +71,8 @@ bool device_attend_cross(struct call *const call, struct wkv_cross_attention *co
   }
   return launch(call, attend_cross, a);
 }
+
+bool device_choose(struct call *const call, struct wkv_choice *const c) {
+  (void)c;
+  return fail(call, "it is for tensors on the CPU (torch.topk does the same on a GPU)");
+}

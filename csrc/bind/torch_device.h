@@ -19,5 +19,7 @@ bool device_evict(struct call *, const struct wkv_eviction *);
 bool device_pack(struct call *, const struct wkv_packing *);
 /* Plans it and takes the memory for that. */
 bool device_attend_cross(struct call *, struct wkv_cross_attention *);
+/* Takes the memory for it. */
+bool device_choose(struct call *, struct wkv_choice *);
 
 #endif

@@ -9,8 +9,8 @@ struct torch_op {
   int tensors, results;
 };
 
-/* O(name): torch_self.c and torch_cross.c define name##_op. */
-#define TORCH_OPS(O) O(compact_attention) O(score_evict) O(pack_frames) O(cross_attention)
+/* O(name): torch_self.c, torch_cross.c and torch_choose.c define name##_op. */
+#define TORCH_OPS(O) O(compact_attention) O(score_evict) O(pack_frames) O(cross_attention) O(choose_tokens)
 
 /* Registers their schemas, if told to, and their kernels for the device of this module, for the life of the process;
  * torch_shim_load comes first. NULL, or the step that failed. */
