@@ -4,7 +4,6 @@ Those of transformers find the suppressed tokens by comparing the whole vocabula
 their numbers are looked up once for a generate().
 """
 
-import torch
 from transformers.generation import logits_process as theirs
 
 NEVER = float("-inf")
@@ -54,16 +53,12 @@ def _suppress(processor, scores):
 
 def _suppress_at_begin(processor, scores):
     tokens = _tokens(processor.begin_suppress_tokens, scores)
-    return lambda ids, scores: (
-        scores.index_fill_(1, tokens, NEVER) if ids.shape[1] == processor.begin_index else scores
-    )
+    return lambda ids, scores: scores.index_fill_(1, tokens, NEVER) if ids.shape[1] == processor.begin_index else scores
 
 
 def _min_length(processor, scores):
     ends = _tokens(processor.eos_token_id, scores)
-    return lambda ids, scores: (
-        scores.index_fill_(1, ends, NEVER) if ids.shape[1] < processor.min_length else scores
-    )
+    return lambda ids, scores: scores.index_fill_(1, ends, NEVER) if ids.shape[1] < processor.min_length else scores
 
 
 def _min_new_tokens(processor, scores):

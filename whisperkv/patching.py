@@ -75,7 +75,7 @@ def patch(
         become(decoder, GraphDecoder)
     graphs = Graphs() if type(decoder) is GraphDecoder else None
     decoder.register_forward_pre_hook(CacheAdoption(eviction, cross, listener, graphs), with_kwargs=True)
-    searches.install(whisper)
+    searches.install(whisper, cross.share_beams)
     return model
 
 

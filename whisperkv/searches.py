@@ -3,6 +3,7 @@ two passes of the decoder: the logits processors overwrite one copy of the score
 look at the scores instead of a sort, and what beams have said is kept as places in a table and put together at the end.
 """
 
+import inspect
 import weakref
 
 import torch
@@ -22,7 +23,9 @@ _BEAMS = (GenerationMode.BEAM_SEARCH, GenerationMode.BEAM_SAMPLE)
 _SINGLE = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
 
 
-def search(model, input_ids, logits_processor, stopping_criteria, generation_config, inputs_tensor=None, **model_kwargs):
+def search(
+    model, input_ids, logits_processor, stopping_criteria, generation_config, inputs_tensor=None, **model_kwargs
+):
     """What generate() calls as its custom_generate: a search of ours, or the one it would have called."""
     mode = generation_config.get_generation_mode()
     name = GENERATION_MODES_MAPPING[mode]
@@ -40,16 +43,6 @@ def search(model, input_ids, logits_processor, stopping_criteria, generation_con
         stopping_criteria=stopping_criteria,
         generation_config=generation_config,
         **model_kwargs,
-    )
-
-
-def is_transformers_own(model):
-    """Whether the methods that our searches stand for are those of transformers, and nobody's else."""
-    kind = type(model)
-    return all(
-        getattr(kind, name, None) is getattr(GenerationMixin, name)
-        and getattr(kind, name).__module__ == GenerationMixin.__module__
-        for name in ("_sample", "_beam_search", "_get_top_k_continuations")
     )
 
 
@@ -76,9 +69,7 @@ class Passes:
         self.logits = () if self.wants_logits else None
         self.attentions = self.cross_attentions = () if self.wants_attentions else None
         self.states = () if self.wants_states else None
-        self._outputs = model._prefill(
-            input_ids, config, model_kwargs, is_first_iteration=not config.is_assistant
-        )
+        self._outputs = model._prefill(input_ids, config, model_kwargs, is_first_iteration=not config.is_assistant)
 
     def next_logits(self, ids):
         """float32 [rows, vocabulary] of the tokens so far; they may be overwritten."""
@@ -306,7 +297,7 @@ class History:
         int32, -1 after the end."""
         beams = self._picked[0].shape[1]
         steps, own = places.div(self._count, rounding_mode="floor"), places % self._count
-        which, tokens, rows = own, [], []
+        which, row, tokens, rows = own, None, [], []
         for step in reversed(range(len(self._tokens))):
             is_said = steps >= step
             if step + 1 < len(self._tokens):  # which of this step's candidates it came from
@@ -322,23 +313,51 @@ class History:
 # Where generate() finds them
 
 
-class Fallback:
-    """generate_with_fallback() of a patched model, an attribute of the instance: it names our searches to generate()
-    where nothing is asked that they do not know."""
+class Method:
+    """A method of a patched model, an attribute of the instance."""
+
+    def __init__(self, model):
+        self.model = weakref.ref(model)  # which has this as an attribute
+
+    def __reduce__(self):
+        return type(self), (self.model(),)
+
+    @classmethod
+    def of_class(cls, model):
+        """What it stands before."""
+        return inspect.getattr_static(type(model), cls.NAME).__get__(model, type(model))
+
+
+class Fallback(Method):
+    """Names our searches to generate() where nothing is asked that they do not know."""
 
     NAME = "generate_with_fallback"
 
-    def __init__(self, model):
-        self._model = weakref.ref(model)  # which has this as an attribute
-
-    def __reduce__(self):
-        return type(self), (self._model(),)
-
     def __call__(self, *args, **given):
-        model, options = self._model(), given.get("kwargs")
-        if options is not None and is_transformers_own(model) and not given.get("synced_gpus") and _is_plain_call(options):
+        model, options = self.model(), given.get("kwargs")
+        if options is not None and not given.get("synced_gpus") and _is_plain_call(options) and _is_own(model):
             given["kwargs"] = {**options, "custom_generate": search}
-        return getattr(type(model), self.NAME)(model, *args, **given)
+        return self.of_class(model)(*args, **given)
+
+
+class Expansion(Method):
+    """Leaves the encoder's output as it is, once for each audio: what the decoder carries (adoption.py) knows which rows
+    are beams of which audio."""
+
+    NAME = "_expand_inputs_for_generation"
+
+    def __call__(self, expand_size=1, is_encoder_decoder=False, input_ids=None, **model_kwargs):
+        expand, outputs = self.of_class(self.model()), model_kwargs.get("encoder_outputs")
+        states = outputs.get("last_hidden_state") if isinstance(outputs, dict) else None
+        if states is not None:
+            outputs["last_hidden_state"] = states[:, :0]
+        try:
+            return expand(
+                expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **model_kwargs
+            )
+        finally:
+            if states is not None:
+                outputs["last_hidden_state"] = states
 
 
 _UNKNOWN = ("custom_generate", "streamer", "assistant_model", "tokenizer", "assistant_tokenizer", "trust_remote_code")
@@ -349,12 +368,20 @@ def _is_plain_call(options):
     return not is_distributed and all(options.get(name) is None for name in _UNKNOWN)
 
 
-def install(model):
-    """Into a model whose generate() calls generate_with_fallback(), if nobody else has one in its place."""
-    if hasattr(type(model), Fallback.NAME) and Fallback.NAME not in vars(model):
-        setattr(model, Fallback.NAME, Fallback(model))
+def _is_own(model):
+    """Whether the methods that our searches stand for are those of transformers, and nobody's else."""
+    methods = (getattr(type(model), name) for name in ("_sample", "_beam_search", "_get_top_k_continuations"))
+    return all(method.__module__ == GenerationMixin.__module__ for method in methods)
+
+
+def install(model, share_beams):
+    """Into a model whose generate() calls these methods, where nobody else has put one in their place."""
+    for method in (Fallback, Expansion) if share_beams else (Fallback,):
+        if hasattr(type(model), Fallback.NAME) and method.NAME not in vars(model):
+            setattr(model, method.NAME, method(model))
 
 
 def uninstall(model):
-    if isinstance(vars(model).get(Fallback.NAME), Fallback):
-        delattr(model, Fallback.NAME)
+    for method in (Fallback, Expansion):
+        if type(vars(model).get(method.NAME)) is method:
+            delattr(model, method.NAME)
