@@ -194,3 +194,10 @@ def cross_attention_in_bytes(
         total = (logits - top[..., None]).exp().sum(-1)
         output[row] = sum(mixed * ((its - top).exp() / total)[..., None] for mixed, its in mixes)
     return output.to(query.dtype), weights.transpose(1, 2).contiguous() if want_weights else torch.empty(0)
+
+
+def choose_tokens(scores, added, count):
+    """Sorted: NaN first, then from the largest on, of equal ones the first."""
+    totals = (scores + added[..., None]).flatten(1)
+    order = totals.sort(dim=-1, descending=True, stable=True)  # NaN counts as the largest
+    return order.values[:, :count], order.indices[:, :count]

@@ -341,8 +341,8 @@ class Fallback(Method):
 
 
 class Expansion(Method):
-    """Leaves the encoder's output as it is, once for each audio: what the decoder carries (adoption.py) knows which rows
-    are beams of which audio."""
+    """Leaves the encoder's output as it is, once for each audio: what the decoder carries (adoption.py) finds out which
+    rows decode it."""
 
     NAME = "_expand_inputs_for_generation"
 
