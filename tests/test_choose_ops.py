@@ -109,7 +109,7 @@ BAD = [
     (0, torch.Tensor.half, "scores must be float32, got float16"),
     (0, lambda t: t[0], r"scores must be \[audios, beams, vocabulary\], got \[3, 50\]"),
     (0, lambda t: t.transpose(1, 2), "scores must be contiguous|added must be"),
-    (0, lambda t: t.to("meta"), ""),
+    (0, lambda t: t.to("meta"), "choose_tokens"),
     (0, lambda t: t.requires_grad_(), "scores requires grad"),
     (1, torch.Tensor.double, "added must be float32, got float64"),
     (1, lambda t: t[:, :2], r"added must be \[audios=2, beams=3\], got \[2, 2\]"),

@@ -192,7 +192,8 @@ def _check_states(states, rows, width):
 def _for_each_row(given, rows, cache):
     """What transformers is given, which knows no states of fewer rows than the tokens; None if that is no change."""
     states = given.get("encoder_hidden_states")
-    is_held = isinstance(cache, EncoderDecoderCache) and cache.get_seq_length() > 0  # then nobody reads them
-    if states is None or is_held or len(states) in (0, rows) or rows % len(states):
+    if states is None or len(states) in (0, rows) or rows % len(states):
         return None
+    if isinstance(cache, EncoderDecoderCache) and cache.get_seq_length() > 0:
+        return None  # nobody reads them any more
     return (), {**given, "encoder_hidden_states": states.repeat_interleave(rows // len(states), 0)}
