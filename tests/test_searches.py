@@ -144,7 +144,7 @@ FROM_FEATURES = {
     "timestamps": dict(return_timestamps=True, return_segments=True),
     "timestamps of beams": dict(return_timestamps=True, num_beams=3),
     "fallback": dict(temperature=(0.0, 0.4), logprob_threshold=-0.05),
-    "no speech": dict(no_speech_threshold=0.6, logprob_threshold=-0.05),
+    "no speech": dict(temperature=0.0, no_speech_threshold=0.6, logprob_threshold=-0.05),
     "token times": dict(return_token_timestamps=True, return_timestamps=True),
 }
 

@@ -20,6 +20,7 @@ from .compat import KNOWS_BEAM_SEARCH
 from .logits import Processors
 
 _BEAMS = (GenerationMode.BEAM_SEARCH, GenerationMode.BEAM_SAMPLE)
+_IDS = "decoder_input_ids"
 _SINGLE = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
 
 
@@ -69,14 +70,13 @@ class Passes:
         self.logits = () if self.wants_logits else None
         self.attentions = self.cross_attentions = () if self.wants_attentions else None
         self.states = () if self.wants_states else None
+        self._names = None  # of what every step is given, once it is known to be the same
         self._outputs = model._prefill(input_ids, config, model_kwargs, is_first_iteration=not config.is_assistant)
 
     def next_logits(self, ids):
         """float32 [rows, vocabulary] of the tokens so far; they may be overwritten."""
         if self._outputs is None:
-            length = 1 if self.model_kwargs["use_cache"] else None
-            inputs = self.model.prepare_inputs_for_generation(ids, next_sequence_length=length, **self.model_kwargs)
-            self._outputs = self.model(**inputs, return_dict=True)
+            self._outputs = self.model(**self._inputs(ids), return_dict=True)
         outputs, self._outputs = self._outputs, None
         self.model_kwargs = self.model._update_model_kwargs_for_generation(
             outputs, self.model_kwargs, is_encoder_decoder=True
@@ -90,6 +90,21 @@ class Passes:
         if self.wants_states:
             self.states += (outputs.decoder_hidden_states,)
         return logits
+
+    def _inputs(self, ids):
+        """Of one step. What transformers once prepares of plain arguments is those arguments and the last tokens, in
+        every step; a mask, or a method of somebody else's, is another matter."""
+        arguments = self.model_kwargs
+        if self._names is not None:
+            inputs = {name: arguments[name] for name in self._names}
+            return {**inputs, _IDS: ids[:, -1:].clone(memory_format=torch.contiguous_format)}
+        length = 1 if arguments["use_cache"] else None
+        inputs = self.model.prepare_inputs_for_generation(ids, next_sequence_length=length, **arguments)
+        names = [name for name in inputs if name != _IDS]
+        is_theirs = self.model.prepare_inputs_for_generation.__module__.startswith("transformers.")
+        if is_theirs and length == 1 and all(inputs[name] is arguments.get(name) for name in names):
+            self._names = names
+        return inputs
 
     @property
     def cache(self):
