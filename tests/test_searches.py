@@ -219,19 +219,28 @@ def test_what_is_left_to_transformers(tiny_en, encoded, counted):
     assert not counted
 
 
-class Own(WhisperForConditionalGeneration):
+class OwnSearch(WhisperForConditionalGeneration):
     def _sample(self, input_ids, **options):
         self.asked = True
         return super()._sample(input_ids, **options)
 
 
-def test_a_search_of_the_users_own_wins(tiny_en, encoded, counted):
+class OwnEnd(WhisperForConditionalGeneration):
+    def _update_finished_beams(self, sequences, **options):
+        self.asked = sequences.dim() == 3  # the tokens themselves
+        return super()._update_finished_beams(sequences, **options)
+
+
+@pytest.mark.parametrize("kind, beams", [(OwnSearch, 1), (OwnEnd, 2)])
+def test_a_search_of_the_users_own_wins(tiny_en, encoded, counted, kind, beams):
     model = copy.copy(tiny_en[0])
-    model.__class__ = Own
-    patch(model).generate(**given(encoded[1][:1].clone()), max_new_tokens=3)
+    model.__class__ = kind
+    patch(model).generate(**given(encoded[1][:1].clone()), num_beams=beams, max_new_tokens=3)
     unpatch(model)
     assert model.asked and not counted
 
+
+def test_a_custom_generate_wins(tiny_en, encoded, counted):
     def mine(model, input_ids, **options):
         return GenerationMixin._sample(model, input_ids, **options)
 

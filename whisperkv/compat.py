@@ -55,7 +55,7 @@ def who_traces(cache):
     return ""
 
 
-_BEAM_HELPERS = {  # of a beam search, by name: what they are given
+BEAM_HELPERS = {  # of a beam search, by name: what they are given
     "_get_running_beams_for_next_iteration": (
         "topk_log_probs", "topk_running_sequences", "topk_running_beam_indices", "next_token_hits_stopping_criteria",
         "num_beams",
@@ -83,4 +83,4 @@ def _is_known(name, arguments):
 
 
 # Whether the parts of a beam search that we borrow of transformers are those of 5.10 to 5.23.
-KNOWS_BEAM_SEARCH = all(_is_known(*helper) for helper in _BEAM_HELPERS.items())
+KNOWS_BEAM_SEARCH = all(_is_known(*helper) for helper in BEAM_HELPERS.items())

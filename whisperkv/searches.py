@@ -16,7 +16,7 @@ from transformers.generation.utils import (
 )
 
 from . import ops
-from .compat import KNOWS_BEAM_SEARCH
+from .compat import BEAM_HELPERS, KNOWS_BEAM_SEARCH
 from .logits import Processors
 
 _BEAMS = (GenerationMode.BEAM_SEARCH, GenerationMode.BEAM_SAMPLE)
@@ -375,6 +375,10 @@ class Expansion(Method):
                 outputs["last_hidden_state"] = states
 
 
+_THEIRS = {
+    name: getattr(GenerationMixin, name, None)
+    for name in ("_sample", "_beam_search", "_get_top_k_continuations", *BEAM_HELPERS)
+}
 _UNKNOWN = ("custom_generate", "streamer", "assistant_model", "tokenizer", "assistant_tokenizer", "trust_remote_code")
 
 
@@ -384,9 +388,8 @@ def _is_plain_call(options):
 
 
 def _is_own(model):
-    """Whether the methods that our searches stand for are those of transformers, and nobody's else."""
-    methods = (getattr(type(model), name) for name in ("_sample", "_beam_search", "_get_top_k_continuations"))
-    return all(method.__module__ == GenerationMixin.__module__ for method in methods)
+    """Whether the methods that our searches stand for, and those they borrow, are transformers' and nobody else's."""
+    return all(getattr(type(model), name, None) is method for name, method in _THEIRS.items())
 
 
 def install(model, share_beams):
