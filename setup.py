@@ -26,13 +26,13 @@ CFLAGS_OF_USER = os.environ.get("WHISPERKV_CFLAGS", "").split()
 CFLAGS += CFLAGS_OF_USER
 LDFLAGS = os.environ.get("WHISPERKV_LDFLAGS", "").split()
 
-KERNELS = [f"csrc/cpu/{name}.c" for name in ("self", "cross", "pack", "frames", "linear")]
+KERNELS = [f"csrc/cpu/{name}.c" for name in ("self", "cross", "pack", "frames", "linear", "choose")]
 CUDA_KERNELS = [f"csrc/cuda/{name}.cu" for name in ("self", "cross", "pack")]
 CUDA_PROBE = "csrc/cuda/probe.cu"
 ARCHS = ("80", "89", "90", "100", "120")
 HEADERS = glob("csrc/**/*.h", recursive=True)
 
-BINDING = [f"csrc/bind/torch_{name}.c" for name in ("call", "cross", "frames", "linear", "ops", "self", "shim", "step")]
+BINDING = [f"csrc/bind/torch_{name}.c" for name in ("call", "choose", "cross", "frames", "linear", "ops", "self", "shim", "step")]
 ON_CPU = ["csrc/cpu/dispatch.c", "csrc/cpu/plan.c"]
 
 CUDA = os.environ.get("WHISPERKV_CUDA", "auto")

@@ -238,6 +238,26 @@ enum {
   WKV_MOST_SUMMED = 1 << 16 /* frames, and channels of a head: so many products of bytes are added up in 32 bits */
 };
 
+/* ---- the choice of tokens, on the CPU alone ---- */
+
+/* A score, and where it stands among those of an audio: beam * vocabulary + token. */
+struct wkv_chosen {
+  float value;
+  int64_t place;
+};
+
+/* The largest scores of each audio, all its beams taken together, in order: NaN before all numbers, and of equal ones
+ * that of the first place. The same bits come out as those of scores + added. */
+struct wkv_choice {
+  int64_t audios, beams, vocabulary;
+  int64_t count;             /* of each audio, at most all */
+  const float *scores;       /* [audios, beams, vocabulary] */
+  const float *added;        /* [audios, beams]: to all scores of a beam */
+  struct wkv_chosen *chosen; /* [audios, beams, count]: of each beam, if it has so many */
+  float *values;             /* [audios, count] */
+  int64_t *places;           /* [audios, count] */
+};
+
 /* ---- on the CPU ---- */
 
 /* Numbers of 32 bits that a packed head takes, and that a thread needs beside. */
@@ -265,7 +285,9 @@ const char *wkv_check_owners(const int32_t *owner, int64_t rows, const int32_t *
  *   make_ready         of rows
  *   linear             as wkv_linear_items says
  *   encoder_pack       of the heads that are packed now
- *   encoder_attention  of these heads times the blocks of WKV_QUERIES frames, when those are done */
+ *   encoder_attention  of these heads times the blocks of WKV_QUERIES frames, when those are done
+ *   choose             of audios * beams
+ *   choose_finish      of audios, when those are done */
 #define WKV_CPU_KERNELS(KERNEL) \
   KERNEL(compact_attention, (const struct wkv_attention *, int64_t begin, int64_t end)) \
   KERNEL(score_evict, (const struct wkv_eviction *, int64_t begin, int64_t end)) \
@@ -276,7 +298,9 @@ const char *wkv_check_owners(const int32_t *owner, int64_t rows, const int32_t *
   KERNEL(make_ready, (const struct wkv_rows *, int64_t begin, int64_t end)) \
   KERNEL(linear, (const struct wkv_linear *, int64_t begin, int64_t end)) \
   KERNEL(encoder_pack, (const struct wkv_encoder_attention *, int64_t begin, int64_t end)) \
-  KERNEL(encoder_attention, (const struct wkv_encoder_attention *, void *scratch, int64_t begin, int64_t end))
+  KERNEL(encoder_attention, (const struct wkv_encoder_attention *, void *scratch, int64_t begin, int64_t end)) \
+  KERNEL(choose, (const struct wkv_choice *, int64_t begin, int64_t end)) \
+  KERNEL(choose_finish, (const struct wkv_choice *, int64_t begin, int64_t end))
 
 #define WKV_KERNEL_FIELD(name, arguments) void (*name) arguments;
 struct wkv_cpu_kernels {

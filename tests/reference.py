@@ -236,7 +236,7 @@ def encoder_attention(query, key, value, bias, lengths, scale, precision):
 AS_FLOAT32, AS_BFLOAT16, AS_INT8 = range(3)
 
 
-def rounded(x, format):
+def as_read(x, format):
     """Rows of numbers as a product of that format sees them."""
     if format == AS_BFLOAT16:
         return x.bfloat16().float()
@@ -251,7 +251,7 @@ def linear(x, norm_weight, norm_bias, weight, bias, residual, format, outputs, e
     x, weight = x.double(), weight.double()
     if norm_weight.numel():
         x = torch.nn.functional.layer_norm(x, x.shape[-1:], norm_weight.double(), norm_bias.double(), epsilon)
-    y = rounded(x, format) @ rounded(weight, format).T
+    y = as_read(x, format) @ as_read(weight, format).T
     if bias.numel():
         y = y + bias
     if activation:
@@ -259,3 +259,10 @@ def linear(x, norm_weight, norm_bias, weight, bias, residual, format, outputs, e
     if residual.numel():
         y = y + residual[torch.arange(len(y)) % len(residual)]
     return y.float()
+
+
+def choose_tokens(scores, added, count):
+    """Sorted: NaN first, then from the largest on, of equal ones the first."""
+    totals = (scores + added[..., None]).flatten(1)
+    order = totals.sort(dim=-1, descending=True, stable=True)  # NaN counts as the largest
+    return order.values[:, :count], order.indices[:, :count]

@@ -46,7 +46,7 @@ class CacheAdoption:
         if layer is None or layer.seen == 0:
             layer = self._adopt(decoder, given, rows, tokens)
             if layer is None:
-                return None
+                return _for_each_row(given, rows, cache)
         elif layer.eviction is None and torch.is_grad_enabled() and needs_grad(decoder, given):
             _hand_back(cache)
             self.note = "left to transformers, with the tokens so far: gradients are on (decode under torch.no_grad())"
@@ -114,7 +114,7 @@ class CacheAdoption:
 
     def _adopt_cross(self, cache, states, record, is_captured):
         owners = owners_of(states, self.cross.share_beams)
-        keep = None
+        beams, keep = record.rows // len(states), None
         if self.listener is not None:
             keep = self.listener.kept(states[first_rows(owners, int(owners[-1]) + 1)])
             if keep is None:
@@ -124,6 +124,7 @@ class CacheAdoption:
         home = self.graphs.home_of(audios, self.cross) if is_captured else None
         if home is not None:
             audios.move_to(home)
+        owners = owners.repeat_interleave(beams)
         cache.cross_attention_cache.layers = [
             CrossCacheLayer(self.cross, audios, owners, index, views) for index in range(record.layers)
         ]
@@ -185,8 +186,19 @@ def _left_padding(mask, rows, tokens, device):
 
 
 def _check_states(states, rows, width):
-    if states.dim() != 3 or states.shape[-1] != width or len(states) != rows:
+    """One for each row, or for as many rows as decode an audio together."""
+    if states.dim() != 3 or states.shape[-1] != width or len(states) == 0 or rows % len(states):
         raise ValueError(
             f"the encoder's output must be [rows={rows}, frames, width={width}] for {rows} rows of tokens; "
             f"got {list(states.shape)}"
         )
+
+
+def _for_each_row(given, rows, cache):
+    """What transformers is given, which knows no states of fewer rows than the tokens; None if that is no change."""
+    states = given.get("encoder_hidden_states")
+    if states is None or len(states) in (0, rows) or rows % len(states):
+        return None
+    if isinstance(cache, EncoderDecoderCache) and cache.get_seq_length() > 0:
+        return None  # nobody reads them any more
+    return (), {**given, "encoder_hidden_states": states.repeat_interleave(rows // len(states), 0)}

@@ -4,6 +4,7 @@ import inspect
 import sys
 
 import torch
+from transformers import GenerationMixin
 from transformers.cache_utils import DynamicLayer, EncoderDecoderCache
 
 # crop() took the length to keep (or, negative, the number to remove) and takes the negative number to remove since.
@@ -60,3 +61,34 @@ def who_traces(cache):
                 return "generate() compiles the steps over a static cache (leave out cache_implementation)"
         frame = frame.f_back
     return ""
+
+
+BEAM_HELPERS = {  # of a beam search, by name: what they are given
+    "_get_running_beams_for_next_iteration": (
+        "topk_log_probs", "topk_running_sequences", "topk_running_beam_indices", "next_token_hits_stopping_criteria",
+        "num_beams",
+    ),
+    "_update_finished_beams": (
+        "sequences", "topk_running_sequences", "beam_scores", "topk_log_probs", "beam_indices",
+        "topk_running_beam_indices", "is_early_stop_heuristic_unsatisfied", "is_sent_finished",
+        "next_token_hits_stopping_criteria", "top_num_beam_mask", "num_beams", "cur_len", "decoder_prompt_len",
+        "length_penalty", "early_stopping",
+    ),
+    "_check_early_stop_heuristic": (
+        "is_early_stop_heuristic_unsatisfied", "running_beam_scores", "beam_scores", "is_sent_finished", "cur_len",
+        "max_length", "decoder_prompt_len", "early_stopping", "length_penalty",
+    ),
+    "_beam_search_has_unfinished_sequences": (
+        "is_early_stop_heuristic_unsatisfied", "is_sent_finished", "next_token_hits_stopping_criteria",
+        "early_stopping",
+    ),
+}  # fmt: skip
+
+
+def _is_known(name, arguments):
+    method = getattr(GenerationMixin, name, None)
+    return method is not None and set(inspect.signature(method).parameters) - {"self"} == set(arguments)
+
+
+# Whether the parts of a beam search that we borrow of transformers are those of 5.10 to 5.23.
+KNOWS_BEAM_SEARCH = all(_is_known(*helper) for helper in BEAM_HELPERS.items())

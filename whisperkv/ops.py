@@ -64,7 +64,7 @@ def _refuse_transform(*args):
 _library = torch.library.Library("whisperkv", "IMPL")
 for _name in (
     "compact_attention", "score_evict", "pack_frames", "cross_attention", "encoder_attention", "pack_matrix", "linear",
-    "decoder_step",
+    "decoder_step", "choose_tokens",
 ):  # fmt: skip
     _library.impl(_name, torch.library.fallthrough_kernel, "Autograd")
     _library.impl(_name, _refuse_transform, "FuncTorchDynamicLayerFrontMode")
@@ -77,12 +77,18 @@ pack_matrix = torch.ops.whisperkv.pack_matrix.default
 linear = torch.ops.whisperkv.linear.default
 decoder_step = torch.ops.whisperkv.decoder_step.default
 encoder_attention = torch.ops.whisperkv.encoder_attention.default
+choose_tokens = torch.ops.whisperkv.choose_tokens.default  # on the CPU alone
 
 TILE, CHANNELS, MOST_CHANNELS = 16, 32, 132_096  # of a packed cache, as in whisperkv.h
 AS_FLOAT32, AS_BFLOAT16, AS_INT8 = range(3)  # how a matrix is read
 NO_ACTIVATION, GELU = range(2)
 MOST_INPUTS = (2**31 - 1) // (255 * 128)  # of a matrix
 PANEL = 32  # outputs of a packed matrix that stand side by side
+
+
+def chooses(tensor):
+    """Whether choose_tokens takes it."""
+    return tensor.device.type == "cpu" and ISA != "cuda_on_cpu"
 
 
 # What torch.compile and torch.export see. The dtype of a cache may be any, but is the same for all of None.
@@ -136,6 +142,7 @@ _MAY_BE_EMPTY = {
     "bias": (torch.float32, "audios frames"),
     "counters": (torch.int32, "counters"),
 }
+_CHOICE = {"scores": (torch.float32, "audios beams vocabulary"), "added": (torch.float32, "audios beams")}
 
 
 def _sizes(op, layout, *tensors, frames=None, **others):
@@ -245,3 +252,10 @@ def _(query, key, value, bias, lengths, scale, precision):
 @torch.library.register_fake(decoder_step)
 def _(x, *args):
     return x.new_empty(x.shape)
+
+
+@torch.library.register_fake(choose_tokens)
+def _(scores, added, count):
+    sizes = _sizes(choose_tokens, _CHOICE, scores, added)
+    shape = [sizes["audios"], count]
+    return scores.new_empty(shape), scores.new_empty(shape, dtype=torch.int64)

@@ -9,6 +9,7 @@ from transformers import WhisperForCausalLM, WhisperForConditionalGeneration, Wh
 from transformers.models.whisper.modeling_whisper import WhisperAttention, WhisperDecoder, WhisperEncoder
 
 from . import encoder as encoders
+from . import searches
 from . import weights as matrices
 from .adoption import CacheAdoption
 from .compat import become
@@ -92,6 +93,7 @@ def patch(
     adoption = CacheAdoption(eviction, cross, listener, graphs, steps)
     adoption.weights_note = matrices.note_of(others, weights)
     decoder.register_forward_pre_hook(adoption, with_kwargs=True)
+    searches.install(whisper, cross.share_beams)
     return model
 
 
@@ -152,6 +154,7 @@ def _adoption(decoder):
 
 
 def _restore(whisper):
+    searches.uninstall(whisper)
     decoder, encoder = _decoder(whisper), _encoder(whisper)
     matrices.uninstall(whisper)
     if type(decoder) is FastDecoder:

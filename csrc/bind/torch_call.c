@@ -13,7 +13,8 @@ static const char *const dtype_names[] = {TORCH_DTYPES(TEXT) "another dtype"};
 static const char *const device_names[] = {TORCH_DEVICES(TEXT) "another device"};
 static const char *const size_names[SIZES] = {"rows",   "tokens", "heads", "slots",    "dim",    "cursors", "audios",
                                               "frames", "tiles",  "strip", "channels", "groups", "2",       "counters",
-                                              "inputs", "outputs", "panels", "words", "other rows", "head", "audio heads"};
+                                              "inputs", "outputs", "panels", "words", "other rows", "head",
+                                              "audio heads", "beams", "vocabulary"};
 
 bool fail(struct call *const call, const char *const format, ...) {
   va_list values;

@@ -243,3 +243,17 @@ bool device_attend_frames(struct call *const call, struct wkv_encoder_attention 
   free(lengths);
   return done;
 }
+
+/* ---- the choice of tokens ---- */
+
+static void choose(const int64_t begin, const int64_t end, void *const choice) { cpu_kernels->choose(choice, begin, end); }
+
+bool device_choose(struct call *const call, struct wkv_choice *const c) {
+  const int64_t rows = c->audios * c->beams;
+  c->chosen = malloc((size_t)(rows * c->count) * sizeof *c->chosen);
+  const bool done = c->chosen ? share_out(call, rows, (double)c->vocabulary, choose, c)
+                              : fail(call, "no memory for the best of %lld beams", (long long)rows);
+  if (done) cpu_kernels->choose_finish(c, 0, c->audios);
+  free(c->chosen);
+  return done;
+}

@@ -92,3 +92,8 @@ bool device_step(struct call *const call, const struct step *const s) {
   (void)s;
   return fail(call, "there is no such kernel for CUDA: capture a graph of the layers");
 }
+
+bool device_choose(struct call *const call, struct wkv_choice *const c) {
+  (void)c;
+  return fail(call, "it is for tensors on the CPU (torch.topk does the same on a GPU)");
+}
