@@ -73,7 +73,7 @@ def test_one_op_moves_the_cursors_of_all_layers(small, states, graph, padded):
 def test_one_product_projects_a_single_row(small, states, graph, rows, products):
     feed(patch(small), states[:rows], ids(rows, 3))
     names = names_of(graph.made[0])
-    assert names.count("addmm") + names.count("mm") == 2 * products  # a layer
+    assert sum(names.count(name) for name in ("addmm", "mm", "linear")) == 2 * products  # a layer
 
 
 @recorded
@@ -88,7 +88,7 @@ def test_a_single_row(small, states, graph, eviction):
     tokens = ids(1, 40)
     want = feed(patch(small, eviction, graphs=False), states[:1], tokens)[0]
     got = feed(patch(small, eviction), states[:1], tokens)[0]
-    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-3)
     assert len(graph.replays) == 39
 
 

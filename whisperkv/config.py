@@ -94,7 +94,7 @@ class CrossConfig(_Config):
                  up to rounding, and smaller by twice the number of layers;
                  "latent_int8", "latent_int4": that copy as codes, the smallest there is.
     trim         "off": all frames are kept;
-                 "padding": of the padding after the speech, every 16th frame is kept;
+                 "padding": of the padding after the speech, every 4th frame is kept;
                  "silence": and of the silent stretches inside the audio, every 4th. Energy finds them, or Silero VAD
                  once the processor is passed to whisperkv.listen(). A frame that is kept counts for those that are not.
     share_beams  rows with the same encoder output (beams, returned sequences) share one cache. Lossless.

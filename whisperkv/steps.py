@@ -61,7 +61,7 @@ class Reading:
 
     def step(self, decoder, ids, places, layers, audio_layers):
         first = layers[0]
-        if self.weights is None or first.home is not None:
+        if self.weights is None or first.home is not None or first.key_slots.dtype != torch.float32:
             return None
         for layer in layers:
             layer.make_room(1)

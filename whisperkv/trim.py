@@ -8,8 +8,8 @@ import torch
 from . import voice
 
 # Frames of 20 ms, held to real recordings.
-EVERY = 16  # Whisper looks at the padding after the speech and gets lost without any: this many-th frame stays
-WITHIN = 4  # so it is with silence inside the audio, but at every 16th or 8th frame some transcripts loop or lose words
+EVERY = 4  # Whisper looks at the padding after the speech and gets lost without any: this many-th frame stays
+WITHIN = 4  # and so it is with silence inside the audio
 MARGIN = 25  # around speech, which fades in and out below any threshold; likelihood drops with less
 STRETCH = 51  # a shorter pause inside speech is left alone; an odd number
 # Energies are means over log-mel bands, where 0.25 is 10 dB.
@@ -54,7 +54,7 @@ def kept_frames(features, attention_mask, trim):
 
     features        the encoder's input_features [audios, mels, columns], of any float dtype; two columns make a frame
     attention_mask  of the columns, or None; one of another shape, as in long-form generate(), is not looked at
-    trim            "padding": of the padding after the speech, every 16th frame is kept;
+    trim            "padding": of the padding after the speech, every 4th frame is kept;
                     "silence": and of silent stretches in the audio, found by voice.listen() or energy, every 4th
 
     Without a mask, padding is what is flat over all mels: digital silence and the zeros that generate() appends. Audio
