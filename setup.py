@@ -13,6 +13,7 @@ import platform
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from glob import glob
 from pathlib import Path
 
@@ -32,7 +33,8 @@ CUDA_PROBE = "csrc/cuda/probe.cu"
 ARCHS = ("80", "89", "90", "100", "120")
 HEADERS = glob("csrc/**/*.h", recursive=True)
 
-BINDING = [f"csrc/bind/torch_{name}.c" for name in ("call", "choose", "cross", "frames", "linear", "ops", "self", "shim", "step")]
+BOUND = ("call", "choose", "cross", "frames", "linear", "ops", "self", "shim", "step")
+BINDING = [f"csrc/bind/torch_{name}.c" for name in BOUND]
 ON_CPU = ["csrc/cpu/dispatch.c", "csrc/cpu/plan.c"]
 
 CUDA = os.environ.get("WHISPERKV_CUDA", "auto")
@@ -90,14 +92,9 @@ class BuildExt(build_ext):
     """Compiles the kernels once, for all extensions that link them."""
 
     def build_extensions(self):
-        for isa, flags in ISAS.items():
-            objects = self.compiler.compile(
-                KERNELS,
-                output_dir=os.path.join(self.build_temp, isa),
-                macros=[("WKV_ISA", isa)],
-                extra_postargs=CFLAGS + flags,
-            )
-            self.link(objects, lambda ext: "csrc/cpu/dispatch.c" in ext.sources)
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            for objects in pool.map(self.compile_cpu, ISAS):
+                self.link(objects, lambda ext: "csrc/cpu/dispatch.c" in ext.sources)
         if HOME or CUDA == "on_cpu":
             command, sources = on_cpu_command(), CUDA_KERNELS
             if HOME:
@@ -105,6 +102,14 @@ class BuildExt(build_ext):
             objects = [self.compile_cuda(command, source) for source in sources]
             self.link(objects, lambda ext: "csrc/bind/torch_cuda.c" in ext.sources)
         super().build_extensions()
+
+    def compile_cpu(self, isa):
+        return self.compiler.compile(
+            KERNELS,
+            output_dir=os.path.join(self.build_temp, isa),
+            macros=[("WKV_ISA", isa)],
+            extra_postargs=CFLAGS + ISAS[isa],
+        )
 
     def link(self, objects, wants):
         for ext in filter(wants, self.extensions):
@@ -143,7 +148,8 @@ extensions = [extension("_numpy", "csrc/bind/numpy.c", *ON_CPU, include_dirs=[nu
 if CUDA == "on_cpu":
     extensions.append(extension("_torch", "csrc/bind/torch.c", "csrc/bind/torch_cuda.c", *BINDING, link=["-lstdc++"]))
 else:
-    extensions.append(extension("_torch", "csrc/bind/torch.c", "csrc/bind/torch_cpu.c", "csrc/bind/torch_cpu_step.c", *BINDING, *ON_CPU))
+    for_cpu = ("csrc/bind/torch_cpu.c", "csrc/bind/torch_cpu_step.c")
+    extensions.append(extension("_torch", "csrc/bind/torch.c", *for_cpu, *BINDING, *ON_CPU))
 if HOME:
     libraries = {"library_dirs": [str(cudart(HOME))], "libraries": ["cudart_static", "rt", "pthread", "dl"]}
     extensions.append(extension("_cuda", "csrc/bind/cuda.c", "csrc/bind/torch_cuda.c", *BINDING, **libraries))

@@ -86,9 +86,12 @@ MOST_INPUTS = (2**31 - 1) // (255 * 128)  # of a matrix
 PANEL = 32  # outputs of a packed matrix that stand side by side
 
 
+ON_CPU = ISA != "cuda_on_cpu"  # whether the ops are there that are the CPU's alone
+
+
 def chooses(tensor):
     """Whether choose_tokens takes it."""
-    return tensor.device.type == "cpu" and ISA != "cuda_on_cpu"
+    return tensor.device.type == "cpu" and ON_CPU
 
 
 # What torch.compile and torch.export see. The dtype of a cache may be any, but is the same for all of None.
@@ -152,7 +155,7 @@ def _sizes(op, layout, *tensors, frames=None, **others):
         sizes["frames"] = frames
     given = {**dict(zip(layout, tensors)), **{name: each for name, each in others.items() if 0 not in each.shape}}
     for name, tensor in given.items():
-        dtype, shape = {**layout, **_MAY_BE_EMPTY}[name]
+        dtype, shape = {**_MAY_BE_EMPTY, **layout}[name]
         shape = shape.split()
         if dtype is None:
             dtype = cache_dtype = cache_dtype or tensor.dtype

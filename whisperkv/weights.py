@@ -115,6 +115,8 @@ def why_not(linear):
         return f"a {type(linear).__module__}.{type(linear).__name__}"
     if type(weight) not in (torch.Tensor, nn.Parameter):
         return f"its weight is a {type(weight).__module__}.{type(weight).__name__}"
+    if not ops.ON_CPU:
+        return "this build has no kernels for it"
     if weight.dtype != torch.float32 or weight.device.type != "cpu":
         return f"in {str(weight.dtype).removeprefix('torch.')} on {weight.device}"
     if linear.in_features > ops.MOST_INPUTS or "forward" in vars(linear):
@@ -136,7 +138,8 @@ def matrix_of(linear):
 
 def is_ours_to_multiply(x):
     return (
-        x.is_cpu
+        ops.ON_CPU
+        and x.is_cpu
         and x.dtype == torch.float32
         and x.dim() > 0
         and not torch.compiler.is_compiling()
