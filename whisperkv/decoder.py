@@ -17,8 +17,10 @@ class FastDecoder(WhisperDecoder):
         states = None
         if not args and not torch.compiler.is_compiling():
             hooks = self._forward_pre_hooks.values()
-            for step in next((hook.steps for hook in hooks if hasattr(hook, "steps")), ()):
-                states = step.step(self, kwargs, super().forward) if states is None else states
+            for way in next((hook.steps for hook in hooks if hasattr(hook, "steps")), ()):
+                states = way.step(self, kwargs, super().forward)
+                if states is not None:
+                    break
         if states is None:
             return super().forward(*args, **kwargs)
         past = kwargs.get("past_key_values")

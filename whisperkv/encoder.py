@@ -11,7 +11,17 @@ from transformers.models.whisper.modeling_whisper import WhisperAttention, Whisp
 from . import ops
 from .compat import become, record_outputs_as
 from .snapshot import are_plain, is_hooked
-from .weights import FORMATS, NONE, FastLinear, Matrix, Packed, is_ours_to_multiply, matrix_of, multiply, needs_grad
+from .weights import (
+    FORMATS,
+    NONE,
+    FastLinear,
+    Packed,
+    is_ours_to_multiply,
+    is_readable,
+    matrix_of,
+    multiply,
+    needs_grad,
+)
 
 _MODULES = (nn.ModuleList, nn.Conv1d, nn.Embedding, nn.LayerNorm, FastLinear, WhisperEncoderLayer, WhisperAttention)
 _NO_LENGTHS = torch.empty(0, dtype=torch.int32)
@@ -23,8 +33,10 @@ class FastEncoder(WhisperEncoder):
 
     @functools.wraps(WhisperEncoder.forward)
     def forward(self, input_features, attention_mask=None, **kwargs):
-        wanted = {name: value for name, value in kwargs.items() if value and name != "return_dict"}
-        is_plain = not wanted and _is_plain(self, input_features, kwargs.get("return_dict"))
+        as_dict = kwargs.get("return_dict")
+        as_dict = getattr(self.config, "return_dict", True) if as_dict is None else as_dict
+        wanted = any(value for name, value in kwargs.items() if name != "return_dict")
+        is_plain = not wanted and _is_plain(self, input_features)
         kept = None if wanted or not self.listener else self.listener.listen(input_features, attention_mask)
         if kept is None and not is_plain:
             return super().forward(input_features, attention_mask=attention_mask, **kwargs)
@@ -33,7 +45,7 @@ class FastEncoder(WhisperEncoder):
                 states = _hear_all(self, input_features, kept)
         else:
             states = _by_layers(self, input_features, kept)
-        return BaseModelOutput(last_hidden_state=states) if kwargs.get("return_dict", True) else (states,)
+        return BaseModelOutput(last_hidden_state=states) if as_dict else (states,)
 
 
 record_outputs_as(FastEncoder, WhisperEncoder)
@@ -55,7 +67,7 @@ def uninstall(encoder):
             vars(conv).pop("packed", None)
 
 
-def _is_plain(encoder, features, as_dict):
+def _is_plain(encoder, features):
     """Nobody wants to see what lies between."""
     config, modules = encoder.config, list(encoder.modules())[1:]
     return (
@@ -63,14 +75,13 @@ def _is_plain(encoder, features, as_dict):
         and features.dim() == 3
         and is_ours_to_multiply(features)
         and features.shape[1:] == (config.num_mel_bins, 2 * config.max_source_positions)
-        and (getattr(config, "return_dict", True) if as_dict is None else as_dict)
         and not (config.output_attentions or config.output_hidden_states)
         and config.activation_function == "gelu"
         and not encoder.training
         and are_plain(modules, _MODULES)
         and not is_hooked(modules)
         and not needs_grad(features, *encoder.parameters())
-        and all(matrix_of(module) is not None for module in modules if type(module) is FastLinear)
+        and all(is_readable(module) for module in modules if type(module) is FastLinear)
     )
 
 
@@ -80,9 +91,9 @@ def _hear_all(encoder, features, kept):
     if kept is None:
         return torch.stack([_hear(encoder, audio) for audio in features])
     states = features.new_empty(len(features), encoder.config.max_source_positions, encoder.config.d_model)
+    bias = kept.bias
     for audio, length in enumerate(kept.lengths.tolist()):
-        places, bias = kept.places[audio, :length], kept.bias[audio : audio + 1, :length]
-        heard = _hear(encoder, features[audio], places, bias)
+        heard = _hear(encoder, features[audio], kept.places[audio, :length], bias[audio : audio + 1, :length])
         torch.index_select(heard, 0, kept.of_all[audio], out=states[audio])
     return states
 
@@ -115,12 +126,12 @@ def _stem(encoder, features, places=None):
     mels, frames = features.shape
     padded = features.new_zeros(frames + 4, mels)
     padded[2:-2] = features.T
-    heard = multiply(_windows(padded, 1), _matrix_of_convolution(encoder.conv1), activation=ops.GELU)
+    heard = multiply(_windows(padded, 1), matrix_of(encoder.conv1), activation=ops.GELU)
     heard[0] = heard[-1] = 0
     windows, positions = _windows(heard[:-1], 2), encoder.embed_positions.weight.detach()
     if places is not None:
         windows, positions = windows[places], positions[places]
-    return multiply(windows, _matrix_of_convolution(encoder.conv2), activation=ops.GELU, residual=positions)
+    return multiply(windows, matrix_of(encoder.conv2), activation=ops.GELU, residual=positions)
 
 
 def _windows(frames, step):
@@ -132,11 +143,6 @@ def _windows(frames, step):
 def by_windows(weight):
     """[outputs, inputs, 3] of a convolution as a matrix [outputs, 3 * inputs] for windows."""
     return weight.transpose(1, 2).flatten(1)
-
-
-def _matrix_of_convolution(conv):
-    packed = vars(conv)["packed"]
-    return Matrix(packed.of(conv.weight), conv.bias.detach(), packed.format, len(conv.weight))
 
 
 def _layer(layer, x, bias):

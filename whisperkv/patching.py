@@ -88,7 +88,7 @@ def patch(
         encoders.install(encoder, weights, listener)
     if type(decoder) is WhisperDecoder:
         become(decoder, FastDecoder)
-    graphs = Graphs() if graphs else None
+    graphs = Graphs() if graphs and type(decoder) is FastDecoder else None
     steps = [graphs, Steps()] if graphs else [Steps()]
     adoption = CacheAdoption(eviction, cross, listener, graphs, steps)
     adoption.weights_note = matrices.note_of(others, weights)

@@ -13,7 +13,7 @@ from . import ops
 from .graphs import GRAPHS
 from .plain import are_filled, is_plain_step, layers_of
 from .snapshot import Snapshot, hooks_so_far
-from .weights import FORMATS, NONE, FastLinear, Packed, is_ours_to_multiply, matrix_of
+from .weights import NONE, FastLinear, Packed, is_ours_to_multiply, is_readable, matrix_of
 
 _POLICY = {name: number for number, (name, *_) in enumerate(ops.POLICIES)}
 _NO_CACHE = [torch.empty(0)] * 2  # positions and scores of a layer that evicts nothing
@@ -50,7 +50,7 @@ class Reading:
             self._gather(decoder, layer, audio_layers)
 
     def __reduce__(self):
-        return _nothing, ()  # a copy of the cache gathers its own
+        return type(None), ()  # a copy of the cache gathers its own
 
     def is_stale(self, decoder, audio_layers):
         return (
@@ -92,21 +92,24 @@ class Reading:
         heads, scales, formats, epsilons, weights = layer.heads, set(), set(), set(), []
         hears = bool(audio_layers)
         self.is_latent = hears and audio_layers[0].config.is_latent
+        linears = [module for module in decoder.modules() if isinstance(module, torch.nn.Linear)]
+        if not all(type(linear) is FastLinear and is_readable(linear) for linear in linears):
+            return
 
         def add_norm(norm):
             epsilons.add(norm.eps)
             weights.extend((norm.weight, norm.bias))
 
-        def add(linear):
-            matrix = matrix_of(linear) if type(linear) is FastLinear else None
-            formats.add(matrix and matrix.format)
-            weights.extend((NONE, NONE) if matrix is None else matrix[:2])
+        def add(linear, packed=None):
+            matrix = matrix_of(linear, packed)
+            formats.add(matrix.format)
+            weights.extend((matrix.weight, matrix.bias))
 
-        def add_heads(linear):
-            """The weight of the keys, which each head's query is multiplied with."""
+        def by_head(linear):
+            """What each head's query is multiplied with, in the latent formats."""
             if "by_head" not in vars(linear):
                 linear.by_head = Packed(linear.packed.format, functools.partial(transpose_heads, heads))
-            weights.extend((linear.by_head.of(linear.weight), NONE))
+            return linear.by_head
 
         for each in decoder.layers:
             own, cross = each.self_attn, each.encoder_attn
@@ -116,10 +119,7 @@ class Reading:
                 add(linear)
             add_norm(each.encoder_attn_layer_norm)
             add(cross.q_proj)
-            add(cross.k_proj)
-            if self.is_latent and formats <= set(FORMATS.values()):
-                del weights[-2:]
-                add_heads(cross.k_proj)
+            add(cross.k_proj, by_head(cross.k_proj) if self.is_latent else None)
             for linear in (cross.v_proj, cross.out_proj):
                 add(linear)
             add_norm(each.final_layer_norm)
@@ -128,7 +128,7 @@ class Reading:
         add_norm(decoder.layer_norm)
 
         width, hidden = decoder.config.d_model, decoder.config.decoder_ffn_dim
-        if len(formats) > 1 or len(epsilons) > 1 or len(scales) > 1 or None in formats:
+        if len(formats) > 1 or len(epsilons) > 1 or len(scales) > 1:
             return
         (self.format,), (self.epsilon,), (self.scale,) = formats, epsilons, scales
         is_packed = self.format != ops.AS_FLOAT32
@@ -155,7 +155,3 @@ class Reading:
 def transpose_heads(heads, weight):
     """[heads * head_dim, width] as [heads * width, head_dim]."""
     return weight.unflatten(0, (heads, -1)).transpose(1, 2).flatten(0, 1)
-
-
-def _nothing():
-    return None

@@ -30,10 +30,9 @@ class FastLinear(nn.Linear):
     """A linear layer that patch() has turned into ours by its class alone."""
 
     def forward(self, x):
-        matrix = matrix_of(self) if is_ours_to_multiply(x) else None
-        if matrix is None or needs_grad(x, self.weight, self.bias):
+        if not is_ours_to_multiply(x) or not is_readable(self) or needs_grad(x, self.weight, self.bias):
             return super().forward(x)
-        return multiply(x.reshape(-1, x.shape[-1]), matrix).view(*x.shape[:-1], -1)
+        return multiply(x.reshape(-1, x.shape[-1]), matrix_of(self)).view(*x.shape[:-1], -1)
 
 
 class Packed:
@@ -119,20 +118,26 @@ def why_not(linear):
         return "this build has no kernels for it"
     if weight.dtype != torch.float32 or weight.device.type != "cpu":
         return f"in {str(weight.dtype).removeprefix('torch.')} on {weight.device}"
-    if linear.in_features > ops.MOST_INPUTS or "forward" in vars(linear):
-        return "too wide" if linear.in_features > ops.MOST_INPUTS else "it has a forward of its own"
-    return ""
+    if linear.in_features > ops.MOST_INPUTS:
+        return "too wide"
+    return "it has a forward of its own" if "forward" in vars(linear) else ""
 
 
-def matrix_of(linear):
-    """None while the layer is not ours, or no longer what it was when it became so."""
-    weight, bias = linear.weight, linear.bias
-    packed = vars(linear).get("packed")
-    for tensor in (weight, bias):
-        if tensor is not None and not (tensor.is_cpu and tensor.dtype == torch.float32 and tensor.is_contiguous()):
-            return None
-    if packed is None or type(weight) not in (torch.Tensor, nn.Parameter):
-        return None
+def is_readable(linear):
+    """Whether the layer is ours, and still what it was when it became so."""
+    return (
+        "packed" in vars(linear)
+        and type(linear.weight) in (torch.Tensor, nn.Parameter)
+        and all(
+            tensor is None or (tensor.is_cpu and tensor.dtype == torch.float32 and tensor.is_contiguous())
+            for tensor in (linear.weight, linear.bias)
+        )
+    )
+
+
+def matrix_of(linear, packed=None):
+    """Of a layer that is readable, or of another packed copy of its weight."""
+    weight, bias, packed = linear.weight, linear.bias, packed or linear.packed
     return Matrix(packed.of(weight), NONE if bias is None else bias.detach(), packed.format, len(weight))
 
 
