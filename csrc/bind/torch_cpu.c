@@ -145,6 +145,10 @@ static void make_ready(const int64_t begin, const int64_t end, void *const rows)
   cpu_kernels->make_ready(rows, begin, end);
 }
 
+bool make_rows_ready(struct call *const call, struct wkv_rows *const rows) {
+  return share_out(call, rows->rows, 4.0 * rows->inputs, make_ready, rows);
+}
+
 struct products {
   const struct wkv_linear *linears;
   int count;
@@ -194,8 +198,7 @@ bool device_linear(struct call *const call, const struct wkv_rows *const rows, c
     l.weight = packing.panels;
     l.is_packed = true;
   }
-  return (is_ready || share_out(call, r.rows, 4.0 * r.inputs, make_ready, &r)) &&
-         multiply_all(call, &l, 1);
+  return (is_ready || make_rows_ready(call, &r)) && multiply_all(call, &l, 1);
 }
 
 /* ---- the encoder ---- */
@@ -246,7 +249,9 @@ bool device_attend_frames(struct call *const call, struct wkv_encoder_attention 
 
 /* ---- the choice of tokens ---- */
 
-static void choose(const int64_t begin, const int64_t end, void *const choice) { cpu_kernels->choose(choice, begin, end); }
+static void choose(const int64_t begin, const int64_t end, void *const choice) {
+  cpu_kernels->choose(choice, begin, end);
+}
 
 bool device_choose(struct call *const call, struct wkv_choice *const c) {
   const int64_t rows = c->audios * c->beams;

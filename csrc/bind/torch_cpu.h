@@ -8,6 +8,9 @@ extern const struct wkv_cpu_kernels *cpu_kernels;
 /* Which thread does an item does not change its bits. */
 bool share_out(struct call *, int64_t items, double numbers_per_item, torch_range_task, void *context);
 
+/* Makes rows ready to be multiplied. */
+bool make_rows_ready(struct call *, struct wkv_rows *);
+
 /* Several products of the same rows, as one. */
 bool multiply_all(struct call *, const struct wkv_linear *, int count);
 

@@ -36,14 +36,10 @@ static struct wkv_rows rows_of(const struct step *const s, const struct room *co
   };
 }
 
-static void make_ready(const int64_t begin, const int64_t end, void *const rows) {
-  cpu_kernels->make_ready(rows, begin, end);
-}
-
 static bool ready(struct call *const call, struct wkv_rows *const rows, const struct norm norm) {
   rows->norm_weight = norm.weight;
   rows->norm_bias = norm.bias;
-  return share_out(call, rows->rows, 4.0 * rows->inputs, make_ready, rows);
+  return make_rows_ready(call, rows);
 }
 
 static struct wkv_linear linear_of(const struct wkv_rows *const rows, const struct matrix matrix, const int64_t outputs,

@@ -41,8 +41,9 @@ INLINE vf gelu(const vf x) {
 }
 
 /* W sums of each of some rows, apart so many vectors, from output on. */
-static __attribute__((noinline)) void finish_some(const struct wkv_linear *const l, const int rows, const int64_t row, const int64_t output,
-                        const vf *sums, const int apart, const int64_t n) {
+static __attribute__((noinline)) void finish_some(const struct wkv_linear *const l, const int rows, const int64_t row,
+                                                  const int64_t output, const vf *sums, const int apart,
+                                                  const int64_t n) {
   const vf bias = l->bias ? load_in_order(WKV_FLOAT32, l->bias + output, n) : (vf){0};
   int64_t residual_row = l->residual ? row % l->residual_rows : 0;
   for (int r = 0; r < rows; r++, sums += apart) {
