@@ -7,14 +7,14 @@ from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache
 
 from .attention import self_cache_layer
 from .cache import SelfCacheLayer
-from .compat import who_traces
+from .compat import CACHE, who_traces, with_new_names
 from .cross_cache import Audios, CrossCacheLayer, first_rows, owners_of
 from .eligible import check_device, check_projections, device_of, needs_grad, why_not
 from .records import DecodeRecord, Stats
 from .slots import Shared
 from .views import Onlookers, layers_behind, plain_layer
 
-_ARGUMENTS = ("input_ids", "attention_mask", "encoder_hidden_states", "past_key_values", "inputs_embeds")  # in order
+_ARGUMENTS = ("input_ids", "attention_mask", "encoder_hidden_states", CACHE, "inputs_embeds")  # in order
 
 
 class CacheAdoption:
@@ -35,13 +35,13 @@ class CacheAdoption:
         return replace(stats, weight_bytes=weight_bytes)
 
     def __call__(self, decoder, args, kwargs):
-        given = {**dict(zip(_ARGUMENTS, args)), **kwargs}
+        given = with_new_names({**dict(zip(_ARGUMENTS, args)), **kwargs})
         inputs = given.get("input_ids")
         inputs = given.get("inputs_embeds") if inputs is None else inputs
         if inputs is None or len(args) > len(_ARGUMENTS):
             return None
         rows, tokens = inputs.shape[:2]
-        cache = given.get("past_key_values")
+        cache = given.get(CACHE)
         layer = self_cache_layer(cache, 0) or _resumed(cache)
         if layer is None or layer.seen == 0:
             layer = self._adopt(decoder, given, rows, tokens)
@@ -60,7 +60,7 @@ class CacheAdoption:
     def _adopt(self, decoder, given, rows, tokens):
         """Give the fresh cache our layers, or make one if none is given. The first layer, or None if the decode is
         left to transformers."""
-        cache, states, config = given.get("past_key_values"), given.get("encoder_hidden_states"), decoder.config
+        cache, states, config = given.get(CACHE), given.get("encoder_hidden_states"), decoder.config
         use_cache = given.get("use_cache")
         if not (config.use_cache if use_cache is None else use_cache):
             return None
@@ -86,7 +86,7 @@ class CacheAdoption:
 
         if cache is None or (states is not None and not isinstance(cache, EncoderDecoderCache)):
             cache = DynamicCache() if states is None else EncoderDecoderCache(DynamicCache(), DynamicCache())
-            given["past_key_values"] = cache
+            given[CACHE] = cache
         mask = given.get("attention_mask")
         if mask is not None and mask.dim() == 4:
             given["attention_mask"] = mask[..., :tokens]  # made for a static cache of more slots

@@ -5,6 +5,7 @@ from transformers.cache_utils import EncoderDecoderCache
 from transformers.models.whisper.modeling_whisper import WhisperAttention
 
 from .cache import SelfCacheLayer
+from .compat import CACHE, with_new_names
 from .cross_cache import CrossCacheLayer
 
 
@@ -14,17 +15,16 @@ def _layer(cache, index, kind):
     return layer if isinstance(layer, kind) else None
 
 
-def self_cache_layer(past_key_values, index):
+def self_cache_layer(cache, index):
     """Our layer of the self-attention cache, or None if the cache is not ours."""
-    cache = past_key_values
     if isinstance(cache, EncoderDecoderCache):
         cache = cache.self_attention_cache
     return _layer(cache, index, SelfCacheLayer)
 
 
-def cross_cache_layer(past_key_values, index):
+def cross_cache_layer(cache, index):
     """Our layer of the cross-attention cache, or None if the cache is not ours."""
-    return _layer(getattr(past_key_values, "cross_attention_cache", None), index, CrossCacheLayer)
+    return _layer(getattr(cache, "cross_attention_cache", None), index, CrossCacheLayer)
 
 
 def _refuse_gradients(*tensors):
@@ -41,26 +41,24 @@ def _wants_weights(attention, output_attentions):
     return wanted and attention.config._attn_implementation == "eager"
 
 
+_ARGUMENTS = {CACHE: None, "attention_mask": None, "output_attentions": False}  # of an attention, in order
+
+
+def _given(args, kwargs):
+    return {**_ARGUMENTS, **dict(zip(_ARGUMENTS, args)), **with_new_names(kwargs)}
+
+
 class SelfAttention(WhisperAttention):
     """A WhisperAttention that patch() has turned into ours by its class alone: weights, hooks and wrapped projections
     stay where they are. Whatever our cache does not hold, the original does."""
 
-    def forward(
-        self,
-        hidden_states,
-        key_value_states=None,
-        past_key_values=None,
-        attention_mask=None,
-        output_attentions=False,
-        **kwargs,
-    ):
-        layer = self_cache_layer(past_key_values, self.layer_idx)
+    def forward(self, hidden_states, key_value_states=None, *args, **kwargs):
+        given = _given(args, kwargs)
+        layer = self_cache_layer(given[CACHE], self.layer_idx)
         tokens = hidden_states.shape[1]
         # Several tokens at once without eviction: the original attention keeps its own bits, over our slots.
         if layer is None or key_value_states is not None or (layer.is_exact and tokens > 1):
-            return super().forward(
-                hidden_states, key_value_states, past_key_values, attention_mask, output_attentions, **kwargs
-            )
+            return super().forward(hidden_states, key_value_states, **given)
         shape = (*hidden_states.shape[:-1], self.num_heads, self.head_dim)
         if layer.joined is None:
             projected = (project(hidden_states) for project in (self.q_proj, self.k_proj, self.v_proj))
@@ -68,7 +66,7 @@ class SelfAttention(WhisperAttention):
             projected = torch.nn.functional.linear(hidden_states, *layer.joined).chunk(3, -1)
         query, key, value = (each.view(shape).contiguous() for each in projected)
         _refuse_gradients(query, key, value)
-        wanted = _wants_weights(self, output_attentions)
+        wanted = _wants_weights(self, given["output_attentions"])
         output, weights = layer.attend(query, key, value, self.scaling, wanted)
         weights = layer.full_weights(weights).to(hidden_states.dtype) if wanted else None
         return self.out_proj(output.reshape(hidden_states.shape)), weights
@@ -77,26 +75,17 @@ class SelfAttention(WhisperAttention):
 class CrossAttention(WhisperAttention):
     """The same for a WhisperAttention over the encoder's output."""
 
-    def forward(
-        self,
-        hidden_states,
-        key_value_states=None,
-        past_key_values=None,
-        attention_mask=None,
-        output_attentions=False,
-        **kwargs,
-    ):
-        layer = cross_cache_layer(past_key_values, self.layer_idx)
+    def forward(self, hidden_states, key_value_states=None, *args, **kwargs):
+        given = _given(args, kwargs)
+        layer = cross_cache_layer(given[CACHE], self.layer_idx)
         if layer is None or key_value_states is None:
-            return super().forward(
-                hidden_states, key_value_states, past_key_values, attention_mask, output_attentions, **kwargs
-            )
+            return super().forward(hidden_states, key_value_states, **given)
         shape = (*hidden_states.shape[:-1], self.num_heads, self.head_dim)
         query = self.q_proj(hidden_states).view(shape)
         _refuse_gradients(query)
         if not layer.is_initialized:
             layer.fill(self)
-            past_key_values.is_updated[self.layer_idx] = True
-        output, weights = layer.attend(query, self, _wants_weights(self, output_attentions))
+            given[CACHE].is_updated[self.layer_idx] = True
+        output, weights = layer.attend(query, self, _wants_weights(self, given["output_attentions"]))
         weights = None if weights is None else weights.to(hidden_states.dtype)
         return self.out_proj(output.reshape(hidden_states.shape)), weights

@@ -4,8 +4,25 @@ import inspect
 import sys
 
 import torch
+import transformers
+from packaging.version import Version
 from transformers import GenerationMixin
 from transformers.cache_utils import DynamicLayer, EncoderDecoderCache
+from transformers.models.whisper.modeling_whisper import WhisperAttention
+
+VERSION = Version(transformers.__version__).release
+
+# The name by which a model is given its cache, and returns it. Callers may go on using the old one.
+OLD_CACHE = "past_key_values"
+CACHE = "cache" if "cache" in inspect.signature(WhisperAttention.forward).parameters else OLD_CACHE
+
+
+def with_new_names(given):
+    """What a forward is given, the cache by the name that this transformers has for it."""
+    if OLD_CACHE == CACHE or OLD_CACHE not in given:
+        return given
+    return {CACHE: given[OLD_CACHE], **{name: value for name, value in given.items() if name != OLD_CACHE}}
+
 
 # crop() took the length to keep (or, negative, the number to remove) and takes the negative number to remove since.
 _CROP_TAKES_LENGTH = "max_length" in inspect.signature(DynamicLayer.crop).parameters
@@ -90,5 +107,7 @@ def _is_known(name, arguments):
     return method is not None and set(inspect.signature(method).parameters) - {"self"} == set(arguments)
 
 
-# Whether the parts of a beam search that we borrow of transformers are those of 5.10 to 5.23.
+# Whether the parts of a beam search that we borrow of transformers are those of 5.10 to 5.24.
 KNOWS_BEAM_SEARCH = all(_is_known(*helper) for helper in BEAM_HELPERS.items())
+
+SORTS_DRAWN_BEAMS = VERSION >= (5, 24)  # a beam search that samples: the candidates of an audio, the likeliest first

@@ -6,7 +6,7 @@ import torch
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 from transformers.models.whisper.modeling_whisper import WhisperDecoder
 
-from .compat import record_outputs_as
+from .compat import CACHE, record_outputs_as
 
 
 class FastDecoder(WhisperDecoder):
@@ -23,8 +23,7 @@ class FastDecoder(WhisperDecoder):
                     break
         if states is None:
             return super().forward(*args, **kwargs)
-        past = kwargs.get("past_key_values")
-        return BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=states, past_key_values=past)
+        return BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=states, **{CACHE: kwargs.get(CACHE)})
 
 
 record_outputs_as(FastDecoder, WhisperDecoder)

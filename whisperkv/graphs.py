@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import torch
 
+from .compat import CACHE
 from .cross_cache import CrossHome, CrossLayout
 from .graph_memory import Pool, SelfHome, SelfLayout
 from .plain import are_filled, is_ordinary, is_plain_step, layers_of
@@ -104,7 +105,7 @@ class Graphs:
         ids = given.get("input_ids")
         if self._failed or ids is None or ids.device.type not in GRAPHS or not is_plain_step(decoder, given):
             return None
-        states, past = given.get("encoder_hidden_states"), given.get("past_key_values")
+        states, past = given.get("encoder_hidden_states"), given.get(CACHE)
         layers, audio_layers = layers_of(decoder, past, states is not None)
         stream = GRAPHS[ids.device.type].stream(ids.device)
         if layers is None or stream is None:
@@ -203,9 +204,9 @@ class Graphs:
                     input_ids=home.ids,
                     attention_mask=home.ids[:, None, None],  # of four dimensions, so that transformers makes none
                     encoder_hidden_states=states,
-                    past_key_values=past,
                     position_ids=home.places,
                     use_cache=True,
+                    **{CACHE: past},
                 ).last_hidden_state
             finally:
                 home.captures, home.joined = False, None

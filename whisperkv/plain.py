@@ -3,12 +3,12 @@
 import torch
 
 from .cache import SelfCacheLayer
+from .compat import CACHE
 from .cross_cache import CrossCacheLayer
 
 # What a decoder's forward may be given.
 _ARGUMENTS = {
-    "input_ids", "attention_mask", "encoder_hidden_states", "past_key_values", "position_ids", "use_cache",
-    "return_dict",
+    "input_ids", "attention_mask", "encoder_hidden_states", CACHE, "position_ids", "use_cache", "return_dict",
 }  # fmt: skip
 
 

@@ -16,7 +16,7 @@ from transformers.generation.utils import (
 )
 
 from . import ops
-from .compat import BEAM_HELPERS, KNOWS_BEAM_SEARCH
+from .compat import BEAM_HELPERS, CACHE, KNOWS_BEAM_SEARCH, SORTS_DRAWN_BEAMS
 from .logits import Processors
 
 _BEAMS = (GenerationMode.BEAM_SEARCH, GenerationMode.BEAM_SAMPLE)
@@ -108,7 +108,7 @@ class Passes:
 
     @property
     def cache(self):
-        return self.model_kwargs.get("past_key_values")
+        return self.model_kwargs.get(CACHE)
 
     def output(self, kind, **fields):
         if not self.config.return_dict_in_generate:
@@ -122,7 +122,7 @@ class Passes:
             decoder_attentions=self.attentions,
             cross_attentions=self.cross_attentions,
             decoder_hidden_states=self.states,
-            past_key_values=self.cache,
+            **{CACHE: self.cache},
             **fields,
         )
 
@@ -207,6 +207,9 @@ def _beam_search(model, input_ids, logits_processor, stopping_criteria, generati
             totals = (scores.view(audios, beams, -1) + running[:, :, None]).view(audios, -1)
             chosen = torch.multinomial(totals.softmax(-1), num_samples=count)
             totals = totals.gather(1, chosen)
+            if SORTS_DRAWN_BEAMS:
+                totals, order = totals.sort(-1, descending=True)
+                chosen = chosen.gather(1, order)
         else:
             totals, chosen = best_continuations(scores, running, count)
         tokens, parents = chosen % vocabulary, chosen // vocabulary + offsets

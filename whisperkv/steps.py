@@ -10,6 +10,7 @@ import math
 import torch
 
 from . import ops
+from .compat import CACHE
 from .graphs import GRAPHS
 from .plain import are_filled, is_plain_step, layers_of
 from .snapshot import Snapshot, hooks_so_far
@@ -27,7 +28,7 @@ class Steps:
         weight = decoder.embed_tokens.weight
         if weight.device.type in GRAPHS or not is_ours_to_multiply(weight) or not is_plain_step(decoder, given):
             return None
-        past, hears = given.get("past_key_values"), given.get("encoder_hidden_states") is not None
+        past, hears = given.get(CACHE), given.get("encoder_hidden_states") is not None
         layers, audio_layers = layers_of(decoder, past, hears)
         ids = given["input_ids"]
         if layers is None or not are_filled(decoder, layers, audio_layers, len(ids)):
