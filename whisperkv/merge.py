@@ -1,0 +1,35 @@
+"""Neighbours among the frames that sound alike become one, on their way through the encoder."""
+
+import torch
+
+from .trim import Kept
+
+
+def merging_layer(layers):
+    """Of an encoder of so many layers the one before which frames are merged. Later, less of the time is saved; earlier,
+    likelihood drops sooner: the states do not yet say which sounds are one."""
+    return layers // 2
+
+
+def merged(states, kept, share):
+    """The states of fewer frames, [audios, most, width] as before, and the Kept frames that they are of.
+
+    Frames 2i and 2i + 1 make a pair, if both are kept and stand for themselves alone. In each audio that share of its
+    pairs, the most alike by the cosine of their states (of equal ones the first), become their average, which counts
+    twice. An audio that holds anything but numbers is kept whole.
+    """
+    places, alone = kept.places, kept.counts == 1
+    is_own = torch.arange(places.shape[1], device=places.device) < kept.lengths[:, None]
+    is_pair = (places[:, :-1] % 2 == 0) & (alone & is_own)[:, 1:] & alone[:, :-1]  # each with the one that follows
+    one, other = states[:, :-1], states[:, 1:]
+    alike = torch.cosine_similarity(one.float(), other.float(), dim=-1)
+    are_numbers = (alike.isfinite() | ~is_own[:, 1:]).all(-1, keepdim=True)
+    order = alike.masked_fill(~is_pair, -torch.inf).argsort(descending=True, stable=True)
+    most = (is_pair.sum(-1, keepdim=True).double() * share).floor()
+    merge = (order.argsort() < most) & are_numbers
+
+    states = torch.cat([torch.where(merge[..., None], one / 2 + other / 2, one), states[:, -1:]], 1)
+    gone = torch.zeros_like(kept.of_all, dtype=torch.bool).scatter(1, places[:, 1:], merge)
+    fewer = Kept.of(kept.keep & ~gone)
+    numbers = kept.of_all.gather(1, fewer.places)
+    return states.gather(1, numbers[..., None].expand(-1, -1, states.shape[-1])), fewer
