@@ -352,7 +352,10 @@ def test_real_audio(tiny_en, speech):
     for config in (None, HALF, CrossConfig(trim="padding", merge=0.5), CrossConfig("latent", "padding", merge=0.5)):
         patch(model, cross=config)
         try:
-            output = model.generate(features, return_token_timestamps=True, return_dict_in_generate=True)
+            with torch.no_grad():
+                states = model.model.encoder(features)  # which generate() would ask for its own attentions too
+            options = dict(return_token_timestamps=True, return_dict_in_generate=True)
+            output = model.generate(encoder_outputs=states, **options)
             frames.append(stats(model).frames_kept)
         finally:
             unpatch(model)
@@ -360,10 +363,9 @@ def test_real_audio(tiny_en, speech):
         texts.append(processor.batch_decode(output["sequences"], skip_special_tokens=True)[0].rstrip("."))
         times.append(output["token_timestamps"][0])
     assert len(texts[0].split()) > 20 and texts == [texts[0]] * 4
+    words = len(times[0]) - 2  # and a full stop that comes and goes, and the end
     for each in times[1:]:
-        length = min(map(len, times))
-        apart = (each[:length] - times[0][:length]).abs()
-        assert apart.mean() < 0.03 and apart.median() <= 0.021  # a frame is 0.02
+        assert (each[:words] - times[0][:words]).abs().max() < 0.05  # two frames and a half
     assert frames[:2] == [1500, 1125] and frames[2] == frames[3] < 750
 
 
