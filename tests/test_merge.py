@@ -117,6 +117,27 @@ def test_that_share_and_no_more():
         assert merged(states, kept, share)[1].lengths == 200 - int(100 * share)
 
 
+def test_frames_of_no_size():
+    kept = Kept.of(torch.ones(1, 8, dtype=torch.bool))
+    states = torch.zeros(1, 8, 4)
+    states[0, 4:6] = 1.0
+    found, fewer = merged(states, kept, 0.5)
+    assert fewer.places.tolist() == [[0, 2, 3, 4, 6, 7]] and found.sum() == 4
+
+
+def test_as_many_threads_as_there_are():
+    kept, states = Kept.of(torch.ones(2, 1500, dtype=torch.bool)), torch.randn(2, 1500, 384)
+    threads, found = torch.get_num_threads(), []
+    try:
+        for number in (1, 2, 3):
+            torch.set_num_threads(number)
+            found.append(merged(states, kept, 0.5))
+    finally:
+        torch.set_num_threads(threads)
+    for other, fewer in found[1:]:
+        assert torch.equal(other, found[0][0]) and torch.equal(fewer.places, found[0][1].places)
+
+
 @pytest.mark.parametrize("wrong", [float("nan"), float("inf"), -float("inf")])
 def test_what_is_no_number_is_kept_whole(wrong):
     kept = Kept.of(torch.ones(3, 20, dtype=torch.bool))
