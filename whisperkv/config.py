@@ -97,8 +97,8 @@ class CrossConfig(_Config):
                  "padding": of the padding after the speech, every 4th frame is kept;
                  "silence": and of the silent stretches inside the audio, every 4th. Energy finds them, or Silero VAD
                  once the processor is passed to whisperkv.listen(). A frame that is kept counts for those that are not.
-    merge        inside speech, the share of the pairs of neighbouring frames that become one frame each, the most alike
-                 first: 0 merges none, 0.5 half of the pairs, which leaves three quarters of the frames, 1 all of them.
+    merge        of the pairs of neighbouring frames that trim leaves, the share that become one frame each inside the
+                 encoder, the most alike first: 0 is none; 0.5 leaves three quarters of the frames, 1 half of them.
     share_beams  rows with the same encoder output (beams, returned sequences) share one cache. Lossless.
     group        frames that share a scale, in the formats of codes: 16, 32, 64, 128 or a multiple of 256. Smaller
                  groups are more exact and larger in memory.
