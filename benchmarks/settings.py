@@ -12,6 +12,7 @@ OURS = {
     "int8": {"weights": "int8"},
     "int8, latent_int8": {"weights": "int8", "cross": {"format": "latent_int8"}},
     "int8, latent_int8, trim": {"weights": "int8", "cross": SMALL},
+    "int8, latent_int8, trim, merge": {"weights": "int8", "cross": {**SMALL, "merge": 0.5}},
 }
 
 

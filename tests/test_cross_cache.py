@@ -632,7 +632,7 @@ def test_config_refuses_what_cannot_be_a_name(field, value):
 @pytest.mark.parametrize("group", [16, 32, 64, 128, 256, 512, 1536])
 def test_config_takes(group):
     assert CrossConfig(group=group).group == group
-    assert CrossConfig() == CrossConfig("model", "off", True, 256)
+    assert CrossConfig() == CrossConfig("model", "off", True, 256, 0.0)
 
 
 @pytest.mark.parametrize("bad", ["latent", {"format": "latent"}, CrossConfig, EvictionConfig()], ids=str)

@@ -22,7 +22,7 @@ class CacheAdoption:
 
     def __init__(self, eviction, cross, listener, graphs, steps=()):
         self.eviction, self.cross = eviction, cross
-        self.listener = listener  # of the encoder, if frames are to be trimmed
+        self.listener = listener  # of the encoder, if frames are to be left out
         self.graphs = graphs  # of the steps to come, if they are wanted
         self.steps = steps  # what can take a plain step as a whole, in order
         self.record = None  # of the cache that was last passed through the decoder
@@ -118,7 +118,7 @@ class CacheAdoption:
         if self.listener is not None:
             keep = self.listener.kept(states[first_rows(owners, int(owners[-1]) + 1)])
             if keep is None:
-                self.note = "not trimmed: this encoder output was not made by the patched model's own encoder"
+                self.note = "not trimmed or merged: this encoder output was not made by the patched model's own encoder"
         audios, views = Audios.gather(states, owners, keep, record.layers, record), Onlookers()
         record.audios, record.frames_kept = len(audios), int(audios.lengths.sum())
         home = self.graphs.home_of(audios, self.cross) if is_captured else None

@@ -97,6 +97,8 @@ class CrossConfig(_Config):
                  "padding": of the padding after the speech, every 4th frame is kept;
                  "silence": and of the silent stretches inside the audio, every 4th. Energy finds them, or Silero VAD
                  once the processor is passed to whisperkv.listen(). A frame that is kept counts for those that are not.
+    merge        of the pairs of neighbouring frames that trim leaves, the share that become one frame each inside the
+                 encoder, the most alike first: 0 is none; 0.5 leaves three quarters of the frames, 1 half of them.
     share_beams  rows with the same encoder output (beams, returned sequences) share one cache. Lossless.
     group        frames that share a scale, in the formats of codes: 16, 32, 64, 128 or a multiple of 256. Smaller
                  groups are more exact and larger in memory.
@@ -106,6 +108,7 @@ class CrossConfig(_Config):
     trim: str = "off"
     share_beams: bool = True
     group: int = 256
+    merge: float = 0.0
 
     def __post_init__(self) -> None:
         if self.format not in tuple(FORMATS):  # a list, say, is not hashable
@@ -116,6 +119,13 @@ class CrossConfig(_Config):
             self._refuse("share_beams", "True or False")
         if not self._is_whole("group", 16) or self.group not in (16, 32, 64, 128) and self.group % 256:
             self._refuse("group", f"16, 32, 64, 128 or a multiple of 256 frames, up to {MOST}")
+        if isinstance(self.merge, bool) or not isinstance(self.merge, Real) or not 0 <= self.merge <= 1:
+            self._refuse("merge", "a number from 0 to 1")
+
+    @property
+    def keeps_all(self) -> bool:
+        """Whether every frame of the encoder has its own place in the cache."""
+        return self.trim == "off" and self.merge == 0
 
     @property
     def is_latent(self) -> bool:

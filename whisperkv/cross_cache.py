@@ -205,7 +205,7 @@ class CrossLayout(NamedTuple):
             "data": data,
             "scales": scales,
             "lengths": ((self.audios,), torch.int32),
-            "bias": ((self.audios, 0 if self.config.trim == "off" else self.room), torch.float32),
+            "bias": ((self.audios, 0 if self.config.keeps_all else self.room), torch.float32),
             "counters": ((self.audios * COUNTERS,), torch.int32),
         }
 

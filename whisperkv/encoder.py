@@ -1,5 +1,5 @@
 """The encoder: on the CPU audio by audio, each layer a few products and one attention; and over no more frames than
-`trim` keeps, wherever it runs."""
+`trim` and `merge` leave, wherever it runs."""
 
 import functools
 
@@ -10,6 +10,7 @@ from transformers.models.whisper.modeling_whisper import WhisperAttention, Whisp
 
 from . import ops
 from .compat import become, record_outputs_as
+from .merge import merged, merging_layer
 from .snapshot import are_plain, is_hooked
 from .weights import (
     FORMATS,
@@ -37,14 +38,18 @@ class FastEncoder(WhisperEncoder):
         as_dict = getattr(self.config, "return_dict", True) if as_dict is None else as_dict
         wanted = any(value for name, value in kwargs.items() if name != "return_dict")
         is_plain = not wanted and _is_plain(self, input_features)
-        kept = None if wanted or not self.listener else self.listener.listen(input_features, attention_mask)
+        share, kept = _share(self, input_features), None
+        if self.listener and not wanted:
+            kept = self.listener.listen(input_features, attention_mask, share)
         if kept is None and not is_plain:
             return super().forward(input_features, attention_mask=attention_mask, **kwargs)
         if is_plain:
             with torch.no_grad():
-                states = _hear_all(self, input_features, kept)
+                states, keep = _hear_all(self, input_features, kept, share)
         else:
-            states = _by_layers(self, input_features, kept)
+            states, keep = _by_layers(self, input_features, kept, share)
+        if kept is not None:
+            self.listener.note(keep)
         return BaseModelOutput(last_hidden_state=states) if as_dict else (states,)
 
 
@@ -52,7 +57,7 @@ record_outputs_as(FastEncoder, WhisperEncoder)
 
 
 def install(encoder, format, listener=None):
-    """The listener says which frames are kept, if `trim` does."""
+    """The listener says which frames are kept, if `trim` or `merge` do."""
     become(encoder, FastEncoder)
     encoder.listener = listener
     for conv in (encoder.conv1, encoder.conv2):
@@ -85,40 +90,61 @@ def _is_plain(encoder, features):
     )
 
 
-def _hear_all(encoder, features, kept):
-    """The states [audios, frames, width] of features [audios, mels, 2 * frames]. A frame that was not kept has those of
-    the one that stands for it."""
+def _share(encoder, features):
+    """Of the pairs, how many are merged. None of what a model learns from, or of what it will refuse."""
+    if not encoder.listener or features.shape[-1] != 2 * encoder.config.max_source_positions:
+        return 0
+    return 0 if encoder.training or needs_grad(features, *encoder.parameters()) else encoder.listener.merge
+
+
+def _hear_all(encoder, features, kept, share):
+    """The states [audios, frames, width] of features [audios, mels, 2 * frames], and which frames are kept in the end,
+    bool [audios, frames]. A frame that is not has the states of the one that stands for it."""
     if kept is None:
-        return torch.stack([_hear(encoder, audio) for audio in features])
+        return torch.stack([_hear(encoder, audio) for audio in features]), None
     states = features.new_empty(len(features), encoder.config.max_source_positions, encoder.config.d_model)
-    bias = kept.bias
-    for audio, length in enumerate(kept.lengths.tolist()):
-        heard = _hear(encoder, features[audio], kept.places[audio, :length], bias[audio : audio + 1, :length])
-        torch.index_select(heard, 0, kept.of_all[audio], out=states[audio])
-    return states
+    keep = torch.empty_like(kept.of_all, dtype=torch.bool)
+    for audio in range(len(features)):
+        heard, own = _hear_kept(encoder, features[audio], kept.audio(audio), share)
+        torch.index_select(heard, 0, own.of_all[0], out=states[audio])
+        keep[audio] = own.keep[0]
+    return states, keep
 
 
-def _hear(encoder, features, places=None, bias=NONE):
-    """The states [frames, width] of one audio's features [mels, 2 * frames], of those places."""
-    x = _stem(encoder, features, places)
+def _hear(encoder, features):
+    """The states [frames, width] of one audio's features [mels, 2 * frames]."""
+    x = _stem(encoder, features)
     for layer in encoder.layers:
-        x = _layer(layer, x, bias)
+        x = _layer(layer, x)
     return encoder.layer_norm(x)
 
 
-def _by_layers(encoder, features, kept):
-    """The same by the layers themselves."""
+def _hear_kept(encoder, features, kept, share):
+    """The same of the frames that are kept, and which they are when some have been merged."""
+    x = _stem(encoder, features, kept.places[0])
+    for index, layer in enumerate(encoder.layers):
+        if share and index == merging_layer(len(encoder.layers)):
+            states, kept = merged(x[None], kept, share)
+            x = states[0]
+        x = _layer(layer, x, kept.bias)
+    return encoder.layer_norm(x), kept
+
+
+def _by_layers(encoder, features, kept, share):
+    """What _hear_all() does, by the layers themselves."""
     x = nn.functional.gelu(encoder.conv1(features))
     x = nn.functional.gelu(encoder.conv2(x)).transpose(1, 2)
     x = x + encoder.embed_positions.weight.to(x.device)
     width = x.shape[-1]
     x = x.gather(1, kept.places[..., None].expand(-1, -1, width))
-    after = torch.arange(x.shape[1], device=x.device) >= kept.lengths[:, None]
-    mask = kept.bias.masked_fill(after, torch.finfo(torch.float32).min).to(x.dtype)[:, None, None]
-    for layer in encoder.layers:
+    for index, layer in enumerate(encoder.layers):
+        if share and index == merging_layer(len(encoder.layers)):
+            x, kept = merged(x, kept, share)
+        after = torch.arange(x.shape[1], device=x.device) >= kept.lengths[:, None]
+        mask = kept.bias.masked_fill(after, torch.finfo(torch.float32).min).to(x.dtype)[:, None, None]
         x = layer(x, mask)
         x = x[0] if isinstance(x, tuple) else x
-    return encoder.layer_norm(x).gather(1, kept.of_all[..., None].expand(-1, -1, width))
+    return encoder.layer_norm(x).gather(1, kept.of_all[..., None].expand(-1, -1, width)), kept.keep
 
 
 def _stem(encoder, features, places=None):
@@ -129,7 +155,7 @@ def _stem(encoder, features, places=None):
     heard = multiply(_windows(padded, 1), matrix_of(encoder.conv1), activation=ops.GELU)
     heard[0] = heard[-1] = 0
     windows, positions = _windows(heard[:-1], 2), encoder.embed_positions.weight.detach()
-    if places is not None:
+    if places is not None and len(places) < len(windows):
         windows, positions = windows[places], positions[places]
     return multiply(windows, matrix_of(encoder.conv2), activation=ops.GELU, residual=positions)
 
@@ -145,7 +171,7 @@ def by_windows(weight):
     return weight.transpose(1, 2).flatten(1)
 
 
-def _layer(layer, x, bias):
+def _layer(layer, x, bias=NONE):
     attention, norm = layer.self_attn, layer.self_attn_layer_norm
     shape = (1, len(x), attention.num_heads, attention.head_dim)
     query, key, value = (

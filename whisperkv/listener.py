@@ -10,21 +10,26 @@ from .trim import Kept, kept_frames
 
 
 class EncoderListener:
-    """A forward hook of the encoder: it notes which frames of each audio are worth keeping, for the decoder to find
-    them by the encoder's output."""
+    """A forward hook of the encoder: it notes which frames of each audio are kept, for the decoder to find them by the
+    encoder's output."""
 
     MOST = 4096  # audios remembered
 
-    def __init__(self, trim):
-        self.trim = trim
+    def __init__(self, trim, merge=0):
+        self.trim, self.merge = trim, merge
         self._kept = OrderedDict()  # of a digest of the audio's states: bool [frames]
         self._now = threading.local()  # what the encoder is just listening to
 
-    def listen(self, features, mask):
-        """The Kept frames of what the encoder is given, before it hears it; None if it should hear all."""
+    def listen(self, features, mask, share=0):
+        """The Kept frames of what the encoder is given, before it hears it; None if it should hear all, and there is no
+        share of their pairs to merge."""
         keep = kept_frames(features, mask, self.trim)
         self._now.features, self._now.keep = features, keep
-        return None if bool(keep.all()) else Kept.of(keep)
+        return None if bool(keep.all()) and not share else Kept.of(keep)
+
+    def note(self, keep):
+        """Which are kept in the end: bool [audios, frames]."""
+        self._now.keep = keep
 
     def __call__(self, encoder, args, kwargs, output):
         features = args[0] if args else kwargs.get("input_features")
@@ -49,4 +54,4 @@ class EncoderListener:
         return [hashlib.blake2b(each.view(torch.uint8).numpy(), digest_size=16).digest() for each in samples]
 
     def __reduce__(self):
-        return EncoderListener, (self.trim,)
+        return EncoderListener, (self.trim, self.merge)

@@ -70,18 +70,15 @@ def patch(
     check_device(decoder)
     check_projections(decoder, cross)
     encoder = _encoder(whisper)
-    if cross.trim != "off" and encoder is None:
-        raise ValueError(
-            f"CrossConfig.trim={cross.trim!r} needs the encoder, and {type(whisper).__name__} has none: use trim='off'"
-        )
+    _check_encoder(encoder, whisper, cross)
     _refuse_while_generating(whisper, "patch")
     _restore(whisper)
     for layer in decoder.layers:
         for name, ours in ATTENTIONS.items():
             become(getattr(layer, name), ours)
     listener = None
-    if cross.trim != "off":
-        listener = EncoderListener(cross.trim)
+    if not cross.keeps_all:
+        listener = EncoderListener(cross.trim, cross.merge)
         encoder.register_forward_hook(listener, with_kwargs=True)
     others = matrices.install(whisper, weights)
     if type(encoder) is WhisperEncoder:
@@ -147,6 +144,19 @@ def _decoder(whisper):
 
 def _encoder(whisper):
     return next((module for module in whisper.modules() if isinstance(module, WhisperEncoder)), None)
+
+
+def _check_encoder(encoder, whisper, cross):
+    """Raise if it cannot do what `trim` and `merge` ask for."""
+    for field, off in (("trim", "off"), ("merge", 0)):
+        given = f"CrossConfig.{field}={getattr(cross, field)!r}"
+        if getattr(cross, field) == off:
+            continue
+        if encoder is None:
+            raise ValueError(f"{given} needs the encoder, and {type(whisper).__name__} has none: use {field}={off!r}")
+        if field == "merge" and type(encoder) not in (WhisperEncoder, encoders.FastEncoder):
+            known = f"a WhisperEncoder, and this one is a {type(encoder).__name__}"
+            raise ValueError(f"{given} needs {known}: use merge=0")
 
 
 def _adoption(decoder):

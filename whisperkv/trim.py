@@ -43,6 +43,16 @@ class Kept(NamedTuple):
         ends = torch.nn.functional.pad(ends[:, 1:], (0, 1), value=keep.shape[1])
         return cls(places, torch.where(is_own, ends - places, 1), lengths, keep.cumsum(-1) - 1)
 
+    def audio(self, number):
+        """Of one audio alone."""
+        one, length = slice(number, number + 1), int(self.lengths[number])
+        return Kept(self.places[one, :length], self.counts[one, :length], self.lengths[one], self.of_all[one])
+
+    @property
+    def keep(self):
+        """bool [audios, frames]: what it was made of."""
+        return torch.nn.functional.pad(self.of_all.diff(dim=-1), (1, 0), value=1).bool()
+
     @property
     def bias(self):
         """float32 [audios, most]: what attention adds to the logit of a frame that counts so often."""
@@ -54,13 +64,15 @@ def kept_frames(features, attention_mask, trim):
 
     features        the encoder's input_features [audios, mels, columns], of any float dtype; two columns make a frame
     attention_mask  of the columns, or None; one of another shape, as in long-form generate(), is not looked at
-    trim            "padding": of the padding after the speech, every 4th frame is kept;
+    trim            "off": all; "padding": of the padding after the speech, every 4th frame is kept;
                     "silence": and of silent stretches in the audio, found by voice.listen() or energy, every 4th
 
     Without a mask, padding is what is flat over all mels: digital silence and the zeros that generate() appends. Audio
     that is dithered has none. An audio that holds anything but numbers is kept whole.
     """
     columns, frames = features.shape[-1], features.shape[-1] // 2
+    if trim == "off":
+        return features.new_ones(len(features), frames, dtype=torch.bool)
     values = features.float()  # four times as fast to search as bfloat16
     low, high = values.amin(1), values.amax(1)  # [audios, columns]
     flat = low == high
