@@ -8,11 +8,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers import WhisperForAudioClassification, WhisperForConditionalGeneration
+from transformers import DynamicCache, EncoderDecoderCache, WhisperForAudioClassification, WhisperForConditionalGeneration
 from transformers.models.whisper.modeling_whisper import WhisperAttention
 
 from whisperkv import CrossConfig, EvictionConfig, eligible, ops, patch, stats, unpatch
 from whisperkv.attention import SelfAttention, self_cache_layer
+from whisperkv.compat import CACHE, OLD_CACHE
 from whisperkv.records import Stats
 
 EVICTION = EvictionConfig(recent=8, heavy=4)
@@ -87,6 +88,22 @@ def test_a_cache_can_be_kept_copied_and_continued(small, audio):
         assert past.get_seq_length() == 0
         small(**step, past_key_values=past)
     assert past.get_seq_length() == 1
+
+
+@pytest.mark.parametrize("name", [OLD_CACHE, CACHE])
+def test_the_cache_by_its_old_name_and_by_its_new_one(small, audio, name):
+    tokens = torch.tensor([[3], [4], [5]])
+    with torch.no_grad():
+        states, layer = small.model.encoder(audio)[0], small.model.decoder.layers[0].self_attn
+        decode = lambda past: small.model.decoder(tokens, encoder_hidden_states=states, **{name: past})  # noqa: E731
+        want = decode(decode(EncoderDecoderCache(DynamicCache(), DynamicCache()))[1])[0]
+        patch(small)
+        past = decode(EncoderDecoderCache(DynamicCache(), DynamicCache()))[1]
+        assert self_cache_layer(past, 0).seen == 1
+        assert torch.allclose(decode(past)[0], want, atol=1e-5)
+        hidden = torch.randn(3, 1, small.config.d_model)
+        by_name, by_place = layer(hidden, **{name: past}), layer(hidden, None, past)
+        assert self_cache_layer(past, 0).seen == 4 and by_name[0].shape == by_place[0].shape == hidden.shape
 
 
 @pytest.mark.parametrize("training", [True, False])
