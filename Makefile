@@ -21,7 +21,7 @@ test: $(VENV)/.test
 	$(BIN)/python -m pytest -q -n $(JOBS) --dist worksteal $(TESTS)
 
 # Only what touches transformers.
-FLOOR = adoption capture patch cache cross_cache graphs generate searches steps ctranslate2 config trim features
+FLOOR = adoption capture patch cache cross_cache graphs generate searches steps ctranslate2 config trim merge features
 test-floor:
 	WHISPERKV_CUDA=off $(MAKE) test VENV=.venv-floor CONSTRAINTS=constraints-floor.txt TESTS="$(FLOOR:%=tests/test_%.py)"
 

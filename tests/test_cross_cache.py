@@ -13,6 +13,7 @@ from transformers import WhisperForCausalLM
 from transformers.models.whisper.modeling_whisper import WhisperAttention
 
 from whisperkv import CrossConfig, EvictionConfig, patch, stats, unpatch
+from whisperkv.compat import CACHE
 from whisperkv.config import FORMATS
 from whisperkv.cross_cache import Audios, CrossCacheLayer, owners_of
 from whisperkv.listener import EncoderListener
@@ -46,7 +47,7 @@ def states(small, audio):
 def run(model, states, ids, past=None, **options):
     """One pass of the decoder."""
     with torch.no_grad():
-        return model(encoder_outputs=(states,), decoder_input_ids=ids, past_key_values=past, **options)
+        return model(encoder_outputs=(states,), decoder_input_ids=ids, **{CACHE: past}, **options)
 
 
 def cross_layers(past):
@@ -445,7 +446,7 @@ def attentions(model, states, config=None):
     model.set_attn_implementation("eager")
     patch(model, cross=config) if config else unpatch(model)
     first = run(model, states, ids(), output_attentions=True)
-    second = run(model, states, ids(3, 1), first.past_key_values, output_attentions=True)
+    second = run(model, states, ids(3, 1), first[CACHE], output_attentions=True)
     return [*first.cross_attentions, *second.cross_attentions]
 
 

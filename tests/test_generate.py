@@ -12,6 +12,7 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from whisperkv import CrossConfig, EvictionConfig, adoption, patch, stats, unpatch
 from whisperkv.attention import self_cache_layer
+from whisperkv.compat import CACHE
 from whisperkv.views import View
 
 EVICTION = EvictionConfig(recent=32, heavy=16)
@@ -245,7 +246,7 @@ def test_a_returned_cache_stays_small(tiny_en, batch, monkeypatch, options):
     patch(model, cross=CrossConfig("latent"))
     output = model.generate(batch[:2], return_dict_in_generate=True, max_new_tokens=8, **options)
     assert not looked
-    layer = output["past_key_values"].cross_attention_cache.layers[1]
+    layer = output[CACHE].cross_attention_cache.layers[1]
     assert layer.keys.shape == (2, 6, 1500, 64) and isinstance(layer.values, View)
     ours = layer.keys.clone()
     assert len(looked) == 1
@@ -253,7 +254,7 @@ def test_a_returned_cache_stays_small(tiny_en, batch, monkeypatch, options):
     output = model.generate(batch[:2], return_dict_in_generate=True, max_new_tokens=8, **options)
     model.set_attn_implementation("sdpa")
     torch.testing.assert_close(
-        ours, output["past_key_values"].cross_attention_cache.layers[1].keys, atol=1e-4, rtol=1e-3
+        ours, output[CACHE].cross_attention_cache.layers[1].keys, atol=1e-4, rtol=1e-3
     )
 
 
@@ -427,7 +428,7 @@ def test_logits_of_a_manual_loop(tiny_en, clip):
         logits.append(torch.cat(steps, 1))
     assert self_cache_layer(past, 0).seen == ids.shape[1]
     unpatch(model)
-    assert (logits[0] - logits[1]).abs().max() < 1e-4
+    assert (logits[0] - logits[1]).abs().max() < 2e-4  # of some 30: float32, added up in another order
 
 
 def test_the_decoder_alone(tiny_en, clip):
