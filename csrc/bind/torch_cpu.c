@@ -56,10 +56,17 @@ static void attend(const int64_t begin, const int64_t end, void *const attention
   cpu_kernels->compact_attention(attention, begin, end);
 }
 
-bool device_attend(struct call *const call, const struct wkv_attention *const a) {
+bool is_sound(struct call *const call, const struct wkv_attention *const a) {
   return !wkv_check_cursor(a->cursor, a->rows, a->tokens, a->slots, call->error, sizeof call->error) &&
-         !wkv_check_sources(a, call->error, sizeof call->error) &&
-         share_out(call, a->rows * a->heads, 2.0 * a->tokens * a->slots * a->head_dim, attend, (void *)a);
+         !wkv_check_sources(a, call->error, sizeof call->error);
+}
+
+bool attend_sound(struct call *const call, const struct wkv_attention *const a) {
+  return share_out(call, a->rows * a->heads, 2.0 * a->tokens * a->slots * a->head_dim, attend, (void *)a);
+}
+
+bool device_attend(struct call *const call, const struct wkv_attention *const a) {
+  return is_sound(call, a) && attend_sound(call, a);
 }
 
 static void evict(const int64_t begin, const int64_t end, void *const eviction) {
@@ -255,8 +262,8 @@ static void choose(const int64_t begin, const int64_t end, void *const choice) {
 }
 
 bool device_choose(struct call *const call, struct wkv_choice *const c) {
-  const int64_t rows = c->audios * c->beams;
-  c->chosen = malloc((size_t)(rows * c->count) * sizeof *c->chosen);
+  const int64_t rows = c->audios * c->beams, sides[] = {rows, c->count};
+  c->chosen = numbers_in(sides, 2) > MOST_NUMBERS ? NULL : malloc((size_t)(rows * c->count) * sizeof *c->chosen);
   const bool done = c->chosen ? share_out(call, rows, (double)c->vocabulary, choose, c)
                               : fail(call, "no memory for the best of %lld beams", (long long)rows);
   if (done) cpu_kernels->choose_finish(c, 0, c->audios);
