@@ -266,3 +266,46 @@ def choose_tokens(scores, added, count):
     totals = (scores + added[..., None]).flatten(1)
     order = totals.sort(dim=-1, descending=True, stable=True)  # NaN counts as the largest
     return order.values[:, :count], order.indices[:, :count]
+
+
+def decoder_step(
+    x, sources, owner, lengths, bias, caches, heard, weights, format, heads, hidden, frames, group, is_latent, policy,
+    budget, recent, decay, epsilon, scale,
+):  # fmt: skip
+    """As the op, but the weights are the model's own in every format. x: [rows, width]. Of each layer,
+    caches: keys, values, cursor, positions, scores; heard: keys and values of the audio, and their scales; weights:
+    weight and bias of thirteen norms and matrices, and after those of all layers of the last norm."""
+    nothing, counters = torch.empty(0), torch.empty(0, dtype=torch.int32)
+
+    def multiply(y, weight, bias, norm=(nothing, nothing), activation=0):
+        return linear(y, *norm, weight, bias, nothing, format, len(weight), epsilon, activation)
+
+    for layer in range(len(caches) // 5):
+        keys, values, cursor, positions, scores = caches[5 * layer : 5 * layer + 5]
+        parts = weights[26 * layer : 26 * layer + 26]
+        norm_self, query, key, value, out, norm_cross, cross_query, cross_key, cross_value, cross_out, *more = zip(
+            parts[::2], parts[1::2]
+        )
+        norm_hidden, first, second = more
+        new = (multiply(x, *each, norm_self).unflatten(1, (1, heads, -1)) for each in (query, key, value))
+        mixed, attention = compact_attention(*new, keys, values, cursor, sources, scale, True)
+        x = x + multiply(mixed.flatten(1), *out)
+        if policy < 0:
+            cursor[SEEN] += 1
+            cursor[LIVE] = cursor[SLOT] = cursor[SEEN].clamp(min=0)
+        else:
+            score_evict(attention, keys, cursor, positions, scores, policy, budget, recent, decay)
+        if heard:
+            audio = *heard[4 * layer : 4 * layer + 4], owner, lengths, bias, counters, frames, group, scale, False
+            attend = cross_attention_in_bytes if audio[0].dtype == torch.uint8 else cross_attention
+            asked = multiply(x, *cross_query, norm_cross).unflatten(1, (heads, -1))
+            if is_latent:
+                of_keys, of_values, its_bias = (each.unflatten(0, (heads, -1)) for each in (cross_key[0], *cross_value))
+                asked = torch.stack([multiply(asked[:, h], of_keys[h], nothing) for h in range(heads)], 1)
+                mixed = attend(asked[:, :, None], *audio)[0][:, :, 0]
+                mixed = torch.stack([multiply(mixed[:, h], of_values[h], its_bias[h]) for h in range(heads)], 1)
+            else:
+                mixed = attend(asked[:, None], *audio)[0]
+            x = x + multiply(mixed.flatten(1), *cross_out)
+        x = x + multiply(multiply(x, *first, norm_hidden, 1), *second)
+    return torch.nn.functional.layer_norm(x, x.shape[-1:], *weights[-2:], epsilon)

@@ -130,5 +130,15 @@ def test_bad_input(place, change, text):
     check(*scores_of(2, 3, 50), 4)
 
 
+def test_more_than_can_be_counted():
+    """The best of every beam: 2^31 beams times 2^31 of 16 bytes each are 0 in 64 bits. Nothing here is ever touched."""
+    try:
+        scores, added = torch.empty(1, 1 << 31, 1), torch.empty(1, 1 << 31)
+    except RuntimeError:
+        pytest.skip("the system promises no 16 GB")
+    with pytest.raises(RuntimeError, match="choose_tokens: no memory for the"):
+        ops.choose_tokens(scores, added, 1 << 31)
+
+
 def test_opcheck():
     torch.library.opcheck(ops.choose_tokens, (*scores_of(2, 3, 50), 4))

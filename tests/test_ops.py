@@ -67,7 +67,7 @@ def problem(rows=2, tokens=1, heads=3, slots=24, dim=64, dtype=torch.float32, pa
 
 
 def copy(given, **changes):
-    return {name: v.clone() if isinstance(v, torch.Tensor) else v for name, v in (given | changes).items()}
+    return tree_map_only(torch.Tensor, torch.clone, given | changes)
 
 
 def memory_of(tensor):

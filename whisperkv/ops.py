@@ -1,6 +1,7 @@
 """The torch ops, implemented in C: csrc/whisperkv.h says what they do, tests/reference.py does the same in PyTorch."""
 
 import functools
+import math
 import os
 
 try:
@@ -145,6 +146,25 @@ _MAY_BE_EMPTY = {
     "bias": (torch.float32, "audios frames"),
     "counters": (torch.int32, "counters"),
 }
+# Of one layer of a decoder's step, in the order of its lists; and how many norms and matrices a layer has.
+_STEP_CACHES = {
+    "keys": (torch.float32, "rows heads slots head"),
+    "values": (torch.float32, "rows heads slots head"),
+    "cursor": (torch.int32, "cursors rows"),
+    "positions": (torch.int32, "rows slots"),
+    "scores": (torch.float32, "rows slots"),
+}
+_STEP_HEARD = {
+    "audio keys": (torch.float32, "audios audio_heads frames channels"),
+    "audio values": (torch.float32, "audios audio_heads frames channels"),
+}
+_STEP_HEARD_PACKED = {
+    "audio keys": (torch.uint8, "audios audio_heads tiles strip channels"),
+    "audio values": (torch.uint8, "audios audio_heads tiles strip channels"),
+    "key scales": (torch.float32, "audios audio_heads groups two channels"),
+    "value scales": (torch.float32, "audios audio_heads groups two channels"),
+}
+_STEP_PARTS = 13
 _CHOICE = {"scores": (torch.float32, "audios beams vocabulary"), "added": (torch.float32, "audios beams")}
 
 
@@ -156,19 +176,24 @@ def _sizes(op, layout, *tensors, frames=None, **others):
     given = {**dict(zip(layout, tensors)), **{name: each for name, each in others.items() if 0 not in each.shape}}
     for name, tensor in given.items():
         dtype, shape = {**_MAY_BE_EMPTY, **layout}[name]
-        shape = shape.split()
         if dtype is None:
             dtype = cache_dtype = cache_dtype or tensor.dtype
-        problem = f"{op.name()}: {name} must be {dtype} [{', '.join(shape)}] on {device}"
-        if (tensor.dtype, tensor.dim(), tensor.device) != (dtype, len(shape), device):
-            raise RuntimeError(f"{problem}, got {tensor.dtype} {list(tensor.shape)} on {tensor.device}")
-        for side, size in zip(shape, tensor.shape):
-            wanted = sizes.setdefault(side, size)
-            text = f"{problem} with {side}={wanted}, got {list(tensor.shape)}"
-            torch._check(size == wanted, lambda text=text: text)
+        _fit(op, name, tensor, dtype, shape, device, sizes)
         if torch.is_grad_enabled() and tensor.requires_grad:
             raise RuntimeError(f"{op.name()}: {name} requires grad, {_NO_GRADIENT}")
     return sizes
+
+
+def _fit(op, name, tensor, dtype, shape, device, sizes):
+    """Refuses a tensor of other sizes than are known by now, and learns the others of it."""
+    shape = shape.split()
+    problem = f"{op.name()}: {name} must be {dtype} [{', '.join(shape)}] on {device}"
+    if (tensor.dtype, tensor.dim(), tensor.device) != (dtype, len(shape), device):
+        raise RuntimeError(f"{problem}, got {tensor.dtype} {list(tensor.shape)} on {tensor.device}")
+    for side, size in zip(shape, tensor.shape):
+        wanted = sizes.setdefault(side, size)
+        text = f"{problem} with {side}={wanted}, got {list(tensor.shape)}"
+        torch._check(size == wanted, lambda text=text: text)
 
 
 @torch.library.register_fake(compact_attention)
@@ -253,7 +278,107 @@ def _(query, key, value, bias, lengths, scale, precision):
 
 
 @torch.library.register_fake(decoder_step)
-def _(x, *args):
+def _(
+    x, sources, owner, lengths, bias, caches, heard, weights, format, heads, hidden, frames, group, is_latent, policy,
+    budget, recent, decay, epsilon, scale,
+):  # fmt: skip
+    def refuse(problem):
+        raise RuntimeError(f"{decoder_step.name()}: {problem}")
+
+    def check(is_right, problem):
+        torch._check(is_right, lambda: f"{decoder_step.name()}: {problem}")
+
+    def fit(name, tensor, dtype, shape, **known):
+        _fit(decoder_step, name, tensor, dtype, shape, x.device, {**sizes, **known} if known else sizes)
+
+    def fit_matrix(weight, its_bias, outputs, inputs, biases):
+        if weight.dtype == torch.int32:
+            panels, words = -(-outputs // PANEL), panel_words(format, inputs)
+            fit("a weight", weight, torch.int32, "panels words", panels=panels, words=words)
+        elif format == AS_FLOAT32:
+            fit("a weight", weight, torch.float32, "outputs inputs", outputs=outputs, inputs=inputs)
+        else:
+            refuse("weights must come from pack_matrix for this format")
+        if 0 not in its_bias.shape:
+            fit_vector(its_bias, biases)
+
+    def fit_vector(vector, outputs):
+        check(outputs > 0, "the weights of the audio's keys must come without a bias")
+        fit("a bias or norm", vector, torch.float32, "outputs", outputs=outputs)
+
+    if torch.is_grad_enabled():
+        refuse("has no gradients: call under torch.no_grad()")
+    for name, number, least, most in (
+        ("format", format, 0, AS_INT8), ("heads", heads, 1, 1024), ("policy", policy, -1, len(POLICIES) - 1),
+        ("hidden", hidden, PANEL, MOST_INPUTS),
+    ):  # fmt: skip
+        check(least <= number <= most, f"{name} must be in {least}..{most}, got {number}")
+    for name, number in dict(decay=decay, epsilon=epsilon, scale=scale).items():
+        check(math.isfinite(number), f"{name} must be finite, got {number}")
+    sizes = {"cursors": 4, "two": 2, "heads": heads}
+    fit("x", x, torch.float32, "rows width")
+    width = sizes["width"]
+    for name, number, unit in (("hidden", hidden, PANEL), ("width", width, PANEL), ("width", width, heads)):
+        check(number % unit == 0, f"{name} must be a multiple of {unit}, got {number}")
+    check(width <= MOST_INPUTS, f"width must be at most {MOST_INPUTS}, got {width}")
+    head, layers = width // heads, len(weights) // (2 * _STEP_PARTS)
+    sizes["head"] = head
+    wanted = 2 * (_STEP_PARTS * layers + 1), len(_STEP_CACHES) * layers, len(_STEP_HEARD_PACKED) * layers
+    if layers < 1 or (len(weights), len(caches)) != wanted[:2] or len(heard) not in (0, wanted[2]):
+        counts = f"{len(caches)}, {len(heard)} and {len(weights)}"
+        refuse(f"the lists must be of the same layers, got {counts} tensors")
+
+    layout = list(_STEP_CACHES.items())[: None if policy >= 0 else 3]
+    for first in range(0, len(caches), len(_STEP_CACHES)):
+        for (name, wanted), tensor in zip(layout, caches[first:]):
+            fit(name, tensor, *wanted)
+    if 0 not in sources.shape:
+        fit("sources", sources, torch.int32, "rows slots")
+    if policy >= 0:
+        check(budget >= 1, f"budget must be 1 or more, got {budget}")
+        check(budget <= sizes["slots"], f"budget must be at most {sizes['slots']}, got {budget}")
+        check(recent >= 1, f"recent must be 1 or more, got {recent}")
+
+    if heard:
+        check(frames >= 1, f"frames must be 1 or more, got {frames}")
+        check(frames < 2**31, f"frames must be below 2^31, got {frames}")
+        is_sound = group > 0 and group % TILE == 0 and (group % 256 == 0 or 256 % group == 0)
+        check(is_sound, f"group must be 16, 32, 64, 128 or a multiple of 256 frames, got {group}")
+        is_packed, dim = heard[0].dtype == torch.uint8, width if is_latent else head
+        channels = -(-dim // CHANNELS) * CHANNELS if is_packed else dim
+        sizes |= dict(audio_heads=1 if is_latent else heads, channels=channels, frames=frames)
+        sizes |= dict(tiles=-(-frames // TILE), groups=-(-frames // group))
+        fit("owner", owner, torch.int32, "rows")
+        fit("lengths", lengths, torch.int32, "audios")
+        if 0 not in bias.shape:
+            fit("bias", bias, torch.float32, "audios frames")
+        layout = _STEP_HEARD_PACKED if is_packed else _STEP_HEARD
+        for first in range(0, len(heard), len(_STEP_HEARD_PACKED)):
+            for (name, wanted), tensor in zip(layout.items(), heard[first:]):
+                fit(name, tensor, *wanted)
+        if is_packed:
+            strip = sizes["strip"]
+            check(strip in (16, 8), f"audio keys must have 16 or 8 bytes a tile and channel, got {strip}")
+
+    norm, square = (width,), (width, width, width)  # outputs, inputs, and of the bias
+    of_audio, norm_of_audio = (square, norm) if heard else (None, None)  # None: not read
+    keys, values = ((heads * width, head, 0), square) if is_latent else (None, None)
+    more = norm, (hidden, width, hidden), (width, hidden, width)
+    parts = norm, square, square, square, square, norm_of_audio, of_audio, keys, values, of_audio, *more
+    for layer in range(layers):
+        pairs = weights[2 * len(parts) * layer :]
+        for part, wanted in enumerate(parts):
+            weight, its_bias = pairs[2 * part : 2 * part + 2]
+            if wanted == norm:
+                fit_vector(weight, width)
+                fit_vector(its_bias, width)
+            elif wanted:
+                fit_matrix(weight, its_bias, *wanted)
+        if is_latent:
+            of_values = pairs[2 * parts.index(keys) + 2]
+            check(of_values.dtype != torch.int32 or head % PANEL == 0, f"a head must be a multiple of {PANEL}")
+    fit_vector(weights[-2], width)
+    fit_vector(weights[-1], width)
     return x.new_empty(x.shape)
 
 

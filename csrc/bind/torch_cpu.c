@@ -26,16 +26,47 @@ bool share_out(struct call *const call, const int64_t items, const double number
          fail(call, "torch could not share out the work");
 }
 
+/* The same of work that needs memory beside: each thread takes its own. */
+typedef void scratch_task(const void *problem, void *scratch, int64_t begin, int64_t end);
+struct with_scratch {
+  scratch_task *task;
+  const void *problem;
+  size_t bytes;
+  bool no_memory;
+};
+
+static void run_with_scratch(const int64_t begin, const int64_t end, void *const context) {
+  struct with_scratch *const work = context;
+  void *const scratch = aligned_alloc(64, (size_t)wkv_round_up((int64_t)work->bytes, 64));
+  if (scratch) work->task(work->problem, scratch, begin, end);
+  else work->no_memory = true;
+  free(scratch);
+}
+
+static bool share_out_with_scratch(struct call *const call, const int64_t items, const double numbers_per_item,
+                                   scratch_task *const task, const void *const problem, const size_t bytes) {
+  struct with_scratch work = {task, problem, bytes, false};
+  return share_out(call, items, numbers_per_item, run_with_scratch, &work) &&
+         (!work.no_memory || fail(call, "no memory for a thread's scratch"));
+}
+
 /* ---- self-attention ---- */
 
 static void attend(const int64_t begin, const int64_t end, void *const attention) {
   cpu_kernels->compact_attention(attention, begin, end);
 }
 
-bool device_attend(struct call *const call, const struct wkv_attention *const a) {
+bool is_sound(struct call *const call, const struct wkv_attention *const a) {
   return !wkv_check_cursor(a->cursor, a->rows, a->tokens, a->slots, call->error, sizeof call->error) &&
-         !wkv_check_sources(a, call->error, sizeof call->error) &&
-         share_out(call, a->rows * a->heads, 2.0 * a->tokens * a->slots * a->head_dim, attend, (void *)a);
+         !wkv_check_sources(a, call->error, sizeof call->error);
+}
+
+bool attend_sound(struct call *const call, const struct wkv_attention *const a) {
+  return share_out(call, a->rows * a->heads, 2.0 * a->tokens * a->slots * a->head_dim, attend, (void *)a);
+}
+
+bool device_attend(struct call *const call, const struct wkv_attention *const a) {
+  return is_sound(call, a) && attend_sound(call, a);
 }
 
 static void evict(const int64_t begin, const int64_t end, void *const eviction) {
@@ -51,7 +82,9 @@ bool device_evict(struct call *const call, const struct wkv_eviction *const e) {
 
 /* ---- cross-attention ---- */
 
-static void pack(const int64_t begin, const int64_t end, void *const packing) { cpu_kernels->pack(packing, begin, end); }
+static void pack(const int64_t begin, const int64_t end, void *const packing) {
+  cpu_kernels->pack(packing, begin, end);
+}
 
 int32_t *copy_checked(struct call *const call, const int32_t *const owner, const int64_t rows,
                       const int32_t *const lengths, const int64_t audios, const int64_t frames) {
@@ -74,23 +107,12 @@ bool device_pack(struct call *const call, const struct wkv_packing *const p) {
   return done;
 }
 
-struct sharing {
-  struct wkv_cross_attention *attention;
-  size_t scratch;
-  bool no_memory;
-};
-
-static void attend_cross(const int64_t begin, const int64_t end, void *const context) {
-  struct sharing *const sharing = context;
-  void *const scratch = aligned_alloc(64, (size_t)wkv_round_up((int64_t)sharing->scratch, 64));
-  if (scratch) cpu_kernels->cross_attention(sharing->attention, scratch, begin, end);
-  else sharing->no_memory = true;
-  free(scratch);
+static void attend_cross(const void *const attention, void *const scratch, const int64_t begin, const int64_t end) {
+  cpu_kernels->cross_attention(attention, scratch, begin, end);
 }
 
-static void finish_cross(const int64_t begin, const int64_t end, void *const context) {
-  const struct sharing *const sharing = context;
-  cpu_kernels->cross_finish(sharing->attention, begin, end);
+static void finish_cross(const int64_t begin, const int64_t end, void *const attention) {
+  cpu_kernels->cross_finish(attention, begin, end);
 }
 
 bool plan_cross(struct call *const call, struct wkv_cross_attention *const a) {
@@ -105,13 +127,10 @@ bool plan_cross(struct call *const call, struct wkv_cross_attention *const a) {
 }
 
 bool run_cross(struct call *const call, struct wkv_cross_attention *const a) {
-  struct sharing sharing = {a, wkv_cross_scratch(a), false};
   const int64_t queries = a->rows * a->tokens, items = a->parts * a->heads * a->splits;
   const double numbers = 2.0 * queries * a->heads * a->frames * a->head_dim;
-  return share_out(call, items, numbers / (double)items, attend_cross, &sharing) &&
-         share_out(call, queries * a->heads, (double)(a->splits * padded_channels(a->head_dim)), finish_cross,
-                   &sharing) &&
-         (!sharing.no_memory || fail(call, "no memory for a thread's scratch"));
+  return share_out_with_scratch(call, items, numbers / (double)items, attend_cross, a, wkv_cross_scratch(a)) &&
+         share_out(call, queries * a->heads, (double)(a->splits * padded_channels(a->head_dim)), finish_cross, a);
 }
 
 void end_cross(struct wkv_cross_attention *const a) {
@@ -203,36 +222,25 @@ bool device_linear(struct call *const call, const struct wkv_rows *const rows, c
 
 /* ---- the encoder ---- */
 
-struct encoding {
-  struct wkv_encoder_attention *attention;
-  bool no_memory;
-};
-
-static void pack_heads(const int64_t begin, const int64_t end, void *const context) {
-  const struct encoding *const encoding = context;
-  cpu_kernels->encoder_pack(encoding->attention, begin, end);
+static void pack_heads(const int64_t begin, const int64_t end, void *const attention) {
+  cpu_kernels->encoder_pack(attention, begin, end);
 }
 
-static void attend_frames(const int64_t begin, const int64_t end, void *const context) {
-  struct encoding *const encoding = context;
-  const size_t bytes = (size_t)wkv_encoder_scratch(encoding->attention) * sizeof(float);
-  void *const scratch = aligned_alloc(64, bytes);
-  if (scratch) cpu_kernels->encoder_attention(encoding->attention, scratch, begin, end);
-  else encoding->no_memory = true;
-  free(scratch);
+static void attend_frames(const void *const attention, void *const scratch, const int64_t begin, const int64_t end) {
+  cpu_kernels->encoder_attention(attention, scratch, begin, end);
 }
 
 static bool attend_packed(struct call *const call, struct wkv_encoder_attention *const a) {
   const int64_t heads = a->audios * a->heads, blocks = wkv_count_of(a->frames, WKV_QUERIES);
   const int64_t together = heads < WKV_PACKED_HEADS ? heads : WKV_PACKED_HEADS, numbers = wkv_encoder_packed(a);
-  struct encoding encoding = {a, false};
+  const size_t scratch = (size_t)wkv_encoder_scratch(a) * sizeof(float);
   a->packed = aligned_alloc(64, (size_t)(together * numbers) * sizeof *a->packed);
   bool done = a->packed || fail(call, "no memory for the keys and values of %lld heads", (long long)together);
   for (a->first_head = 0; done && a->first_head < heads; a->first_head += together) {
     const int64_t now = heads - a->first_head < together ? heads - a->first_head : together;
-    done = share_out(call, now, (double)numbers, pack_heads, &encoding) &&
-           share_out(call, now * blocks, (double)WKV_QUERIES * (double)numbers, attend_frames, &encoding) &&
-           (!encoding.no_memory || fail(call, "no memory for a thread's scratch"));
+    const double numbers_per_item = (double)WKV_QUERIES * (double)numbers;
+    done = share_out(call, now, (double)numbers, pack_heads, a) &&
+           share_out_with_scratch(call, now * blocks, numbers_per_item, attend_frames, a, scratch);
   }
   free(a->packed);
   return done;
@@ -254,8 +262,8 @@ static void choose(const int64_t begin, const int64_t end, void *const choice) {
 }
 
 bool device_choose(struct call *const call, struct wkv_choice *const c) {
-  const int64_t rows = c->audios * c->beams;
-  c->chosen = malloc((size_t)(rows * c->count) * sizeof *c->chosen);
+  const int64_t rows = c->audios * c->beams, sides[] = {rows, c->count};
+  c->chosen = numbers_in(sides, 2) > MOST_NUMBERS ? NULL : malloc((size_t)(rows * c->count) * sizeof *c->chosen);
   const bool done = c->chosen ? share_out(call, rows, (double)c->vocabulary, choose, c)
                               : fail(call, "no memory for the best of %lld beams", (long long)rows);
   if (done) cpu_kernels->choose_finish(c, 0, c->audios);

@@ -8,6 +8,10 @@ extern const struct wkv_cpu_kernels *cpu_kernels;
 /* Which thread does an item does not change its bits. */
 bool share_out(struct call *, int64_t items, double numbers_per_item, torch_range_task, void *context);
 
+/* Whether compact_attention may read what it is given, and the work of it once that is known. */
+bool is_sound(struct call *, const struct wkv_attention *);
+bool attend_sound(struct call *, const struct wkv_attention *);
+
 /* Makes rows ready to be multiplied. */
 bool make_rows_ready(struct call *, struct wkv_rows *);
 

@@ -74,13 +74,9 @@ static bool add_product(struct call *const call, const struct step *const s, con
 
 /* ---- self-attention ---- */
 
-static bool attend_self(struct call *const call, const struct step *const s, const struct room *const room,
-                        const struct step_layer *const layer, float *const x) {
-  struct wkv_rows rows = rows_of(s, room, x, s->width, s->width, 0);
-  const struct wkv_linear projections[] = {linear_of(&rows, layer->query, s->width, room->query, s->width),
-                                           linear_of(&rows, layer->key, s->width, room->key, s->width),
-                                           linear_of(&rows, layer->value, s->width, room->value, s->width)};
-  struct wkv_attention attention = {
+static struct wkv_attention attention_of(const struct step *const s, const struct room *const room,
+                                         const struct step_layer *const layer) {
+  return (struct wkv_attention){
       .rows = s->rows,
       .tokens = 1,
       .heads = s->heads,
@@ -98,8 +94,26 @@ static bool attend_self(struct call *const call, const struct step *const s, con
       .weights = room->weights,
       .scale = s->scale,
   };
+}
+
+/* Asked before the first layer, so that a step that is refused has written to no cache. */
+static bool are_cursors_sound(struct call *const call, const struct step *const s, const struct room *const room) {
+  for (int64_t i = 0; i < s->layers; i++) {
+    const struct wkv_attention attention = attention_of(s, room, &s->layer[i]);
+    if (!is_sound(call, &attention)) return false;
+  }
+  return true;
+}
+
+static bool attend_self(struct call *const call, const struct step *const s, const struct room *const room,
+                        const struct step_layer *const layer, float *const x) {
+  struct wkv_rows rows = rows_of(s, room, x, s->width, s->width, 0);
+  const struct wkv_linear projections[] = {linear_of(&rows, layer->query, s->width, room->query, s->width),
+                                           linear_of(&rows, layer->key, s->width, room->key, s->width),
+                                           linear_of(&rows, layer->value, s->width, room->value, s->width)};
+  const struct wkv_attention attention = attention_of(s, room, layer);
   return ready(call, &rows, layer->before_self) && multiply_all(call, projections, 3) &&
-         device_attend(call, &attention) && add_product(call, s, room, room->mixed, s->width, layer->out, x);
+         attend_sound(call, &attention) && add_product(call, s, room, room->mixed, s->width, layer->out, x);
 }
 
 /* The cursor moves on, by what the policy says or to the next free slot. */
@@ -265,7 +279,7 @@ bool device_step(struct call *const call, const struct step *const s) {
       .scale = s->scale,
   };
   const bool is_planned = owner && plan_cross(call, &audio);
-  const bool done = (!s->audios || is_planned) && run(call, s, &room, &audio, x);
+  const bool done = (!s->audios || is_planned) && are_cursors_sound(call, s, &room) && run(call, s, &room, &audio, x);
   if (owner) end_cross(&audio);
   free(owner);
   free(block);

@@ -38,8 +38,10 @@ static const struct argument packed[HEARD_OF_LAYER] = {
 };
 
 /* Weight, bias, weight, bias, ... */
-enum { NORM_SELF, QUERY, KEY, VALUE, OUT, NORM_CROSS, CROSS_QUERY, CROSS_KEY, CROSS_VALUE, CROSS_OUT, NORM_HIDDEN, FIRST,
-       SECOND, WEIGHTS_OF_LAYER };
+enum {
+  NORM_SELF, QUERY, KEY, VALUE, OUT, NORM_CROSS, CROSS_QUERY, CROSS_KEY, CROSS_VALUE, CROSS_OUT, NORM_HIDDEN, FIRST,
+  SECOND, WEIGHTS_OF_LAYER
+};
 static const struct argument vector = {"a bias or norm", TORCH_DTYPE_float32, 1, {OUTPUTS}};
 static const struct argument matrix_in_place = {"a weight", TORCH_DTYPE_float32, 2, {OUTPUTS, INPUTS}};
 static const struct argument panels = {"a weight", TORCH_DTYPE_int32, 2, {PANELS, WORDS}};
@@ -68,6 +70,24 @@ static bool take_matrix(struct call *const call, const enum wkv_format format, c
   return true;
 }
 
+static bool is_whole(struct call *const call, const char *const name, const int64_t number, const int64_t unit) {
+  return (number > 0 && number <= WKV_MOST_INPUTS && number % unit == 0) ||
+         fail(call, "%s must be a multiple of %lld in 1..%lld, got %lld", name, (long long)unit,
+              (long long)WKV_MOST_INPUTS, (long long)number);
+}
+
+/* The weights of keys and values, which each head takes its part of: where they are panels, it begins with one. What a
+ * bias of the keys would add to all logits alike, softmax drops. */
+static bool take_parts(struct call *const call, const struct step *const s, const int i,
+                       struct step_layer *const layer) {
+  const int64_t d = s->width, head = d / s->heads;
+  const int key = i + 2 * CROSS_KEY, value = i + 2 * CROSS_VALUE;
+  if (!is_empty(call, key + 1)) return fail(call, "the weights of the audio's keys must come without a bias");
+  return take_matrix(call, s->format, key, s->heads * d, head, d, &layer->cross_key) &&
+         take_matrix(call, s->format, value, d, d, d, &layer->cross_value) &&
+         (!layer->cross_value.is_packed || is_whole(call, "a head of packed weights", head, WKV_PANEL));
+}
+
 static bool take_weights(struct call *const call, struct step *const s) {
   const int64_t d = s->width, h = s->hidden;
   for (int64_t i = 0; i < s->layers; i++) {
@@ -83,9 +103,7 @@ static bool take_weights(struct call *const call, struct step *const s) {
     if (s->audios && (!NORM(NORM_CROSS, before_cross) || !MATRIX(CROSS_QUERY, d, d, d, cross_query) ||
                       !MATRIX(CROSS_OUT, d, d, d, cross_out)))
       return false;
-    if (s->is_latent && (!MATRIX(CROSS_KEY, s->heads * d, d / s->heads, d, cross_key) ||
-                         !MATRIX(CROSS_VALUE, d, d, d, cross_value)))
-      return false;
+    if (s->is_latent && !take_parts(call, s, at, layer)) return false;
 #undef NORM
 #undef MATRIX
   }
@@ -141,21 +159,23 @@ static bool take_audios(struct call *const call, struct step *const s, const int
   return true;
 }
 
-/* What a layer writes shares no memory with what another one does. */
-static bool are_caches_apart(struct call *const call, const struct step *const s) {
-  const int first = call->first[CACHES], count = call->count[CACHES];
-  for (int i = first; i < first + count; i++)
-    for (int j = i + 1; j < first + count; j++)
-      if (overlap((struct memory){call->data[i], call->bytes[i]}, (struct memory){call->data[j], call->bytes[j]}))
-        return fail(call, "caches must have memory of their own, and %s shares some with %s",
-                    caches[(i - first) % CACHES_OF_LAYER].name, caches[(j - first) % CACHES_OF_LAYER].name);
-  (void)s;
-  return true;
+static const char *name_of(const struct call *const call, const int i) {
+  if (i < STEP_TENSORS) return tensors[i].name;
+  if (i < call->first[HEARD]) return caches[(i - call->first[CACHES]) % CACHES_OF_LAYER].name;
+  return i < call->first[WEIGHTS] ? packed[(i - call->first[HEARD]) % HEARD_OF_LAYER].name : "a weight";
 }
 
-static bool is_whole(struct call *const call, const char *const name, const int64_t number, const int64_t unit) {
-  return (number > 0 && number <= WKV_MOST_INPUTS && number % unit == 0) ||
-         fail(call, "%s must be a multiple of %lld, got %lld", name, (long long)unit, (long long)number);
+/* What a layer writes shares no memory with what another one writes, nor with anything that is read. */
+static bool are_caches_apart(struct call *const call) {
+  const int first = call->first[CACHES], after = first + call->count[CACHES];
+  const int count = call->first[WEIGHTS] + call->count[WEIGHTS];
+  for (int i = first; i < after; i++)
+    for (int j = 0; j < count; j++)
+      if (i != j && overlap((struct memory){call->data[i], call->bytes[i]},
+                            (struct memory){call->data[j], call->bytes[j]}))
+        return fail(call, "%s must have memory of its own, as it is written to, and shares some with %s",
+                    name_of(call, i), name_of(call, j));
+  return true;
 }
 
 static bool decoder_step(struct call *const call, const StableIValue *const numbers) {
@@ -171,8 +191,6 @@ static bool decoder_step(struct call *const call, const StableIValue *const numb
       !is_finite(call, "epsilon", epsilon) || !is_finite(call, "scale", scale) ||
       !is_whole(call, "hidden", hidden, WKV_PANEL) || !accept(call, X, &tensors[X], true) ||
       !is_whole(call, "width", size[DIM], WKV_PANEL) || !is_whole(call, "width", size[DIM], heads))
-    return false;
-  if (as_bool(numbers[5]) && format != WKV_AS_FLOAT32 && !is_whole(call, "a head", size[DIM] / heads, WKV_PANEL))
     return false;
   if (layers < 1 || call->count[WEIGHTS] != 2 * (WEIGHTS_OF_LAYER * layers + 1) ||
       call->count[CACHES] != CACHES_OF_LAYER * layers ||
@@ -201,7 +219,7 @@ static bool decoder_step(struct call *const call, const StableIValue *const numb
   if (!s.layer) return fail(call, "no memory for %lld layers", (long long)layers);
   size[HEADS] = heads;
   size[HEAD] = s.width / heads;
-  bool done = take_caches(call, &s) && are_caches_apart(call, &s);
+  bool done = take_caches(call, &s);
   s.slots = size[SLOTS];
   done = done && (is_empty(call, SOURCES) || accept(call, SOURCES, &tensors[SOURCES], true));
   s.sources = done && !is_empty(call, SOURCES) ? call->data[SOURCES] : NULL;
@@ -210,8 +228,8 @@ static bool decoder_step(struct call *const call, const StableIValue *const numb
   done = done && (!s.audios || (is_within(call, "frames", frames, 1, INT32_MAX) && is_group(call, group) &&
                                 take_audios(call, &s, frames)));
   const int64_t shape[] = {s.rows, s.width};
-  done = done && take_weights(call, &s) && new_result(call, 0, 2, shape, TORCH_DTYPE_float32, (void **)&s.output) &&
-         device_step(call, &s);
+  done = done && take_weights(call, &s) && are_caches_apart(call) &&
+         new_result(call, 0, 2, shape, TORCH_DTYPE_float32, (void **)&s.output) && device_step(call, &s);
   free(s.layer);
   return done;
 }
@@ -219,6 +237,6 @@ static bool decoder_step(struct call *const call, const StableIValue *const numb
 const struct torch_op decoder_step_op = {
     "decoder_step",
     "decoder_step(Tensor x, Tensor sources, Tensor owner, Tensor lengths, Tensor bias, Tensor(a!)[] caches, "
-    "Tensor[] heard, Tensor[] weights, int format, int heads, int hidden, SymInt frames, SymInt group, bool is_latent, int policy, "
-    "SymInt budget, SymInt recent, float decay, float epsilon, float scale) -> Tensor",
+    "Tensor[] heard, Tensor[] weights, int format, int heads, int hidden, SymInt frames, SymInt group, bool is_latent, "
+    "int policy, SymInt budget, SymInt recent, float decay, float epsilon, float scale) -> Tensor",
     decoder_step, STEP_TENSORS, 1, STEP_LISTS};

@@ -17,7 +17,7 @@ struct step_layer {
   struct norm before_self, before_cross, before_hidden;
   struct matrix query, key, value, out;
   struct matrix cross_query, cross_out;
-  struct matrix cross_key, cross_value; /* of the latent formats: of each head, [width, head_dim] and [head_dim, width] */
+  struct matrix cross_key, cross_value; /* of the latent formats; each head's: [width, head_dim], [head_dim, width] */
   struct matrix first, second;
   void *keys, *values;
   int32_t *cursor, *positions;
