@@ -14,6 +14,7 @@ from transformers import WhisperForConditionalGeneration, WhisperProcessor
 
 from .config import CrossConfig, EvictionConfig
 from .ctranslate2 import load_ctranslate2
+from .features import log_mel
 from .patching import patch, stats, unpatch
 
 RATE = 16_000  # samples a second, of all Whispers
@@ -67,9 +68,11 @@ def read_audio(path):
     return samples
 
 
-def transcribe(model, processor, samples, beams):
-    """The tokens of a recording of any length."""
+def transcribe(model, processor, samples, beams, extract=None):
+    """The tokens of a recording of any length; `extract` makes the features of one window, None: the processor does."""
     if len(samples) <= WINDOW * RATE:
+        if extract:
+            return model.generate(extract([samples], processor), num_beams=beams)[0]
         return model.generate(**processor(samples, sampling_rate=RATE, return_tensors="pt"), num_beams=beams)[0]
     whole = {"truncation": False, "padding": "longest", "return_attention_mask": True}
     inputs = processor(samples, sampling_rate=RATE, return_tensors="pt", **whole)
@@ -85,7 +88,7 @@ def compare(model, processor, samples, beams):
         for way, prepare in WAYS.items():
             prepare(model)
             before = time.perf_counter()
-            tokens = transcribe(model, processor, samples, beams)
+            tokens = transcribe(model, processor, samples, beams, None if prepare is unpatch else log_mel)
             seconds = time.perf_counter() - before
             print(f"round {turn + 1} of {ROUNDS}: {way}, {seconds:.2f} s", file=sys.stderr)
             if way not in best or seconds < best[way][1]:
