@@ -1,6 +1,5 @@
 """The ops of cross-attention against their slow twins in reference.py, and all that can go wrong around them."""
 
-import gc
 import re
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -19,7 +18,7 @@ from test_ops import (
     check_values_on,
     copy,
     gpu,
-    held_kib,
+    grows,
     of_cuda,
     of_the_cpu,
     on_device,
@@ -809,14 +808,7 @@ def test_no_leak():
     cases = [(plain, attend), (packed, attend), (packed, pack), (None, refused)]
     for given, op in cases:
         call = op if given is None else lambda: op(given)  # noqa: B023
-        for _ in range(3_000):
-            call()
-        gc.collect()
-        before = held_kib()
-        for _ in range(20_000):
-            call()
-        gc.collect()
-        assert held_kib() - before < 512
+        assert not grows(call, 3_000, 20_000)
 
 
 # Compilers

@@ -1,6 +1,5 @@
 """The op of the encoder's self-attention against its slow twin in reference.py, and all that can go wrong around it."""
 
-import gc
 import re
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -10,7 +9,7 @@ import pytest
 import reference
 import torch
 from reference import BFLOAT16, BYTES, FLOAT32
-from test_ops import ISAS, ON_CUDA, assert_same_bits, check_values_on, copy, held_kib, resized, settings, st
+from test_ops import ISAS, ON_CUDA, assert_same_bits, check_values_on, copy, grows, resized, settings, st
 from test_ops import given as drawn
 from torch._subclasses import FakeTensorMode
 
@@ -473,14 +472,7 @@ def test_no_leak():
             attend(bad)
 
     for call in (lambda: attend(good), refused):
-        for _ in range(2_000):
-            call()
-        gc.collect()
-        before = held_kib()
-        for _ in range(20_000):
-            call()
-        gc.collect()
-        assert held_kib() - before < 512
+        assert not grows(call, 2_000, 20_000)
 
 
 # Compilers
