@@ -691,9 +691,9 @@ def grows(call, before, calls):
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs /proc")
 def test_a_leak_is_seen():
-    kept = []
-    assert grows(lambda: kept.append(bytes(1000)), 10, 2_000)  # 2 MB each time
-    assert not grows(lambda: bytes(1000), 10, 2_000)
+    kept = [bytes(10_000)]
+    assert grows(lambda: kept.append(b"x" * len(kept[-1])), 1_000, 1_000)  # 10 MB each time
+    assert not grows(lambda: b"x" * len(kept[-1]), 1_000, 1_000)
 
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs /proc")
