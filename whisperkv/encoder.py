@@ -121,12 +121,12 @@ def _hear(encoder, features):
 
 def _hear_kept(encoder, features, kept, share):
     """The same of the frames that are kept, and which they are when some have been merged."""
-    x = _stem(encoder, features, kept.places[0])
+    x, bias = _stem(encoder, features, kept.places[0]), kept.bias
     for index, layer in enumerate(encoder.layers):
         if share and index == merging_layer(len(encoder.layers)):
             states, kept = merged(x[None], kept, share)
-            x = states[0]
-        x = _layer(layer, x, kept.bias)
+            x, bias = states[0], kept.bias
+        x = _layer(layer, x, bias)
     return encoder.layer_norm(x), kept
 
 
@@ -137,14 +137,20 @@ def _by_layers(encoder, features, kept, share):
     x = x + encoder.embed_positions.weight.to(x.device)
     width = x.shape[-1]
     x = x.gather(1, kept.places[..., None].expand(-1, -1, width))
+    mask = _mask(kept, x.dtype)
     for index, layer in enumerate(encoder.layers):
         if share and index == merging_layer(len(encoder.layers)):
             x, kept = merged(x, kept, share)
-        after = torch.arange(x.shape[1], device=x.device) >= kept.lengths[:, None]
-        mask = kept.bias.masked_fill(after, torch.finfo(torch.float32).min).to(x.dtype)[:, None, None]
+            mask = _mask(kept, x.dtype)
         x = layer(x, mask)
         x = x[0] if isinstance(x, tuple) else x
     return encoder.layer_norm(x).gather(1, kept.of_all[..., None].expand(-1, -1, width)), kept.keep
+
+
+def _mask(kept, dtype):
+    """What the layers themselves add to their logits, [audios, 1, 1, frames]."""
+    after = torch.arange(kept.places.shape[1], device=kept.places.device) >= kept.lengths[:, None]
+    return kept.bias.masked_fill(after, torch.finfo(torch.float32).min).to(dtype)[:, None, None]
 
 
 def _stem(encoder, features, places=None):
