@@ -4,6 +4,7 @@ WHISPERKV_CUDA     auto (default): the kernels for CUDA if nvcc is there; on: th
                    on_cpu: these kernels, compiled for the CPU, in the place of its own, to be tested (see tests/cuda)
 WHISPERKV_ARCHS    compute capabilities to compile for, as "80;90"; the first as PTX too, for all newer GPUs. By default
                    those of 80, 89, 90, 100 and 120 that nvcc has
+WHISPERKV_ISAS     instruction sets to compile for beside "portable", as "avx2;avx512"; "" for none. By default all
 WHISPERKV_CFLAGS, WHISPERKV_LDFLAGS  more flags
 """
 
@@ -49,6 +50,11 @@ if platform.machine() in ("x86_64", "AMD64") and CUDA != "on_cpu":
     ISAS["avx512_vnni"] = ["-mavx512vnni", *ISAS["avx512"]]
     ISAS["avx512_bf16"] = ["-mavx512bf16", *ISAS["avx512_vnni"]]
     ISAS["amx"] = ["-DWKV_AMX", "-mamx-tile", "-mamx-int8", *ISAS["avx512_bf16"]]
+if "WHISPERKV_ISAS" in os.environ:
+    wanted = {"portable", *filter(None, os.environ["WHISPERKV_ISAS"].split(";"))}
+    if wanted - set(ISAS):
+        sys.exit(f"WHISPERKV_ISAS={os.environ['WHISPERKV_ISAS']}: must be some of {';'.join(ISAS)}")
+    ISAS = {isa: flags for isa, flags in ISAS.items() if isa in wanted}
 
 
 def cuda_home():

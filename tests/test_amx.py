@@ -36,7 +36,8 @@ def emulated(tmp_path_factory):
     built = subprocess.run(
         [sys.executable, "setup.py", "-q", "build_ext", "--build-temp", place / "objects", "--build-lib", place],
         cwd=ROOT,
-        env={**os.environ, "WHISPERKV_CFLAGS": "-DWKV_EMULATE_AMX", "WHISPERKV_CUDA": "off"},
+        env=os.environ
+        | {"WHISPERKV_CFLAGS": "-DWKV_EMULATE_AMX", "WHISPERKV_CUDA": "off", "WHISPERKV_ISAS": "avx512_bf16;amx"},
         capture_output=True,
         text=True,
     )
