@@ -16,38 +16,33 @@
   void wkv_##name##_amx arguments;
 WKV_CPU_KERNELS(DECLARE)
 
-static bool runs_portable(void) { return true; }
+/* Which of these are named depends on what was compiled. */
+#define ASKS __attribute__((unused)) static bool
 
+ASKS runs_portable(void) { return true; }
+
+#ifdef __x86_64__
 /* __builtin_cpu_supports also asks whether the system saves the wide registers. F16C came before AVX2. */
-#ifdef WKV_HAVE_AVX2
-static bool runs_avx2(void) { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
-#endif
+ASKS runs_avx2(void) { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
 
-#ifdef WKV_HAVE_AVX512
-static bool runs_avx512(void) {
+ASKS runs_avx512(void) {
   return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
          __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
 }
-#endif
 
-#ifdef WKV_HAVE_AVX512_VNNI
-static bool runs_avx512_vnni(void) { return runs_avx512() && __builtin_cpu_supports("avx512vnni"); }
-#endif
+ASKS runs_avx512_vnni(void) { return runs_avx512() && __builtin_cpu_supports("avx512vnni"); }
 
-#ifdef WKV_HAVE_AVX512_BF16
-static bool runs_avx512_bf16(void) { return runs_avx512_vnni() && __builtin_cpu_supports("avx512bf16"); }
-#endif
+ASKS runs_avx512_bf16(void) { return runs_avx512_vnni() && __builtin_cpu_supports("avx512bf16"); }
 
-#ifdef WKV_HAVE_AMX
 #ifdef WKV_EMULATE_AMX
-static bool runs_amx(void) { return runs_avx512_bf16(); }
+ASKS runs_amx(void) { return runs_avx512_bf16(); }
 #else
 #include <cpuid.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 
 /* The tiles' registers are so large that Linux gives them only to processes that ask. */
-static bool runs_amx(void) {
+ASKS runs_amx(void) {
   enum { LEAF = 7, TILE = 1 << 24, INT8 = 1 << 25, ASK = 0x1023, TILE_DATA = 18 };
   unsigned a, b, c, d;
   return runs_avx512_bf16() && __get_cpuid_count(LEAF, 0, &a, &b, &c, &d) && (d & TILE) && (d & INT8) &&

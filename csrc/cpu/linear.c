@@ -136,7 +136,7 @@ INLINE struct extent widen(const struct extent extent, const vf number) {
 
 INLINE vi round_some(const vf number, const float per_step, int8_t *const to) {
   const float round = 0x1.8p23f; /* added and taken away, to the nearest integer */
-  const vi codes = (vi)(number * per_step + round) - (vi)splat(round);
+  const vi codes = (vi)((vu)(number * per_step + round) - (vu)splat(round));
   store_bytes(to, codes);
   return codes;
 }
@@ -148,12 +148,12 @@ static void round_row(const struct wkv_rows *const r, const float *const x, cons
   for (int64_t i = 0; i < whole; i += W) extent = widen(extent, input_at(r, x, norm, i, W));
   if (rest) extent = widen(extent, input_at(r, x, norm, whole, rest));
   const float largest = largest_of(extent.most), per_step = largest > 0 ? 127 / largest : 0;
-  vi sum = {0};
-  for (int64_t i = 0; i < whole; i += W) sum += round_some(input_at(r, x, norm, i, W), per_step, to + i);
-  if (rest) sum += round_some(input_at(r, x, norm, whole, rest), per_step, to + whole);
-  int32_t total = 0;
-  for (int i = 0; i < W; i++) total += sum[i];
-  *step = (struct wkv_step){largest / 127 + sum_of(extent.spoilt), (uint32_t)total * 128};
+  vu sum = {0};
+  for (int64_t i = 0; i < whole; i += W) sum += (vu)round_some(input_at(r, x, norm, i, W), per_step, to + i);
+  if (rest) sum += (vu)round_some(input_at(r, x, norm, whole, rest), per_step, to + whole);
+  uint32_t total = 0; /* may wrap around where a number is not finite: its code is anything */
+  for (int i = 0; i < W; i++) total += (uint32_t)sum[i];
+  *step = (struct wkv_step){largest / 127 + sum_of(extent.spoilt), total * 128};
 }
 
 INLINE void convert_row(const struct wkv_rows *const r, const enum wkv_dtype dtype, const float *const x,
