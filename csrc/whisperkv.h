@@ -132,7 +132,7 @@ struct wkv_cross_attention {
 /* ---- matrices: output = activation(x weight^T + bias) + residual ---- */
 
 /* How the numbers of a matrix are read. Sums are in float32, of 8 bit codes in 32 bit integers. */
-enum wkv_format { WKV_AS_FLOAT32, WKV_AS_BFLOAT16, WKV_AS_INT8, WKV_FORMATS };
+enum wkv_format { WKV_AS_FLOAT32, WKV_AS_BFLOAT16, WKV_AS_INT8, WKV_AS_FINE_INT8, WKV_FORMATS };
 
 enum {
   WKV_PANEL = 32,  /* outputs that stand side by side in a packed matrix */
@@ -140,13 +140,23 @@ enum {
   WKV_MOST_INPUTS = INT32_MAX / (255 * 128) /* whose codes' products are added up in 32 bits */
 };
 
-/* A packed matrix: [panels, units + 1 of int8, 32] words of 32 bits, each of one output and unit: one float32, two
- * bfloat16, or four codes of 8 bits plus 128. The last words of int8 are the outputs' steps: number = step * code. */
+/* Numbers of 8 bits are codes times a step, and the largest of a row takes the codes of all others. Fine ones: four inputs
+ * that hold such, a unit, are entered again, as often as it helps most, and share its code. A row of x enters some units
+ * of its own again, a panel of a matrix some of its. */
+enum { WKV_REPEATS = 4 };
+
+/* A packed matrix: [panels, words of a panel], in the order in which it is read: memory is foreseen only so. Words of 32
+ * bits, for each unit those of 32 outputs: one float32, two bfloat16, or four codes of 8 bits plus 128. Of the latter
+ * then come the 32 steps, and of fine ones before these
+ *   [32]               which units are entered again, the first WKV_REPEATS words
+ *   [WKV_REPEATS, 32]  their codes, signed */
+static inline int wkv_is_int8(const enum wkv_format format) { return format >= WKV_AS_INT8; }
 static inline int64_t wkv_unit(const enum wkv_format format) {
   return format == WKV_AS_FLOAT32 ? 1 : format == WKV_AS_BFLOAT16 ? 2 : 4;
 }
 static inline int64_t wkv_panel_words(const enum wkv_format format, const int64_t inputs) {
-  return (wkv_count_of(inputs, wkv_unit(format)) + (format == WKV_AS_INT8)) * WKV_PANEL;
+  const int64_t more = format == WKV_AS_FINE_INT8 ? WKV_REPEATS + 2 : wkv_is_int8(format);
+  return (wkv_count_of(inputs, wkv_unit(format)) + more) * WKV_PANEL;
 }
 
 struct wkv_matrix_packing {
@@ -165,7 +175,8 @@ struct wkv_rows {
   int64_t stride;                    /* numbers from one row of x to the next */
   const float *norm_weight, *norm_bias; /* [inputs]; NULL: no layer norm */
   float epsilon;
-  uint32_t *ready;                   /* [rows, ready_stride] words */
+  uint32_t *ready;                   /* [rows, ready_stride] words; of fine int8 [WKV_REPEATS] codes of the units that
+                                        are entered again come after the row, and which these are */
   int64_t ready_stride;
   struct wkv_step *steps;            /* [rows]; of int8 */
 };
@@ -176,7 +187,8 @@ struct wkv_step {
 
 /* Words from one row to the next: not a power of two, which would have all rows share a few lines of the cache. */
 static inline int64_t wkv_ready_stride(const enum wkv_format format, const int64_t inputs) {
-  return wkv_round_up(wkv_count_of(inputs, wkv_unit(format)), 16) + 16;
+  const int64_t more = format == WKV_AS_FINE_INT8 ? 2 * WKV_REPEATS : 0;
+  return wkv_round_up(wkv_count_of(inputs, wkv_unit(format)) + more, 16) + 16;
 }
 
 enum wkv_activation { WKV_NO_ACTIVATION, WKV_GELU, WKV_ACTIVATIONS };

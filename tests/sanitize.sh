@@ -27,5 +27,5 @@ cd "$place" # so that Python finds whisperkv here
 # libstdc++ is named for ASan to find torch's exceptions; -s shows what a sanitizer says before it aborts.
 LD_PRELOAD="$(gcc -print-file-name=libasan.so) $(gcc -print-file-name=libstdc++.so)" \
   ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
-  "$python" -m pytest -q -s -p no:cacheprovider -k "$only and not compile and not no_leak and not prototypes and not build_time" \
+  "$python" -m pytest -q -s -p no:cacheprovider -k "$only and not compile and not leak and not prototypes and not build_time" \
   "$@" $tests

@@ -169,7 +169,7 @@ def check_frames(op, given, results, before):
 def check_matrix(op, given, results, before):
     """By what comes out of a product with it, where every input stands alone."""
     none, one_by_one = torch.empty(0), torch.eye(given["weight"].shape[1])
-    read = reference.as_read(given["weight"].float(), given["format"])
+    read = reference.as_read(given["weight"].float(), given["format"], together=ops.PANEL)
     product = ops.linear(one_by_one, none, none, results, none, none, given["format"], len(read), 0.0, 0)
     test_linear_ops.assert_near(given, product, read.T)
 

@@ -17,7 +17,7 @@ from whisperkv import ops
 pytestmark = pytest.mark.skipif(ON_CUDA, reason="the op is the CPU's alone")
 
 NONE = torch.empty(0)
-FORMATS = {"float32": reference.AS_FLOAT32, "bfloat16": reference.AS_BFLOAT16, "int8": reference.AS_INT8}
+FORMATS = {"float32": reference.AS_FLOAT32, "bfloat16": reference.AS_BFLOAT16, "int8": reference.AS_FINE_INT8}
 STEP = (
     "x", "sources", "owner", "lengths", "bias", "caches", "heard", "weights", "format", "heads", "hidden", "frames",
     "group", "is_latent", "policy", "budget", "recent", "decay", "epsilon", "scale",
@@ -78,7 +78,7 @@ def step(given, op=ops.decoder_step):
 
 
 # Of the standard deviation, on average. In the other formats a number between two codes may go to either.
-APART = {reference.AS_FLOAT32: 2e-6, reference.AS_BFLOAT16: 2e-3, reference.AS_INT8: 2e-2}
+APART = {reference.AS_FLOAT32: 2e-6, reference.AS_BFLOAT16: 2e-3, reference.AS_INT8: 2e-2, reference.AS_FINE_INT8: 2e-2}
 
 
 def check(given, in_place=False):
@@ -184,7 +184,7 @@ BAD = {
     "heads": ({}, put(heads=3), "width must be a multiple of 3 in 1..65793, got 64"),
     "no heads": ({}, put(heads=0), "heads must be in 1..1024, got 0"),
     "hidden": ({}, put(hidden=2**40), "hidden must be a multiple of 32 in 1..65793, got 1099511627776"),
-    "format": ({}, put(format=3), "format must be in 0..2, got 3"),
+    "format": ({}, put(format=4), "format must be in 0..3, got 4"),
     "policy": ({}, put(policy=9), "policy must be in -1..2, got 9"),
     "budget": (dict(policy=0), put(budget=13), "budget must be in 1..12, got 13"),
     "recent": (dict(policy=0), put(recent=0), "recent must be in 1..2147483647, got 0"),

@@ -81,10 +81,11 @@ encoder_attention = torch.ops.whisperkv.encoder_attention.default
 choose_tokens = torch.ops.whisperkv.choose_tokens.default  # on the CPU alone
 
 TILE, CHANNELS, MOST_CHANNELS = 16, 32, 132_096  # of a packed cache, as in whisperkv.h
-AS_FLOAT32, AS_BFLOAT16, AS_INT8 = range(3)  # how a matrix is read
+AS_FLOAT32, AS_BFLOAT16, AS_INT8, AS_FINE_INT8 = range(4)  # how a matrix is read
 NO_ACTIVATION, GELU = range(2)
 MOST_INPUTS = (2**31 - 1) // (255 * 128)  # of a matrix
 PANEL = 32  # outputs of a packed matrix that stand side by side
+REPEATS = 4  # units of 8 bit codes that are entered again
 
 
 ON_CPU = ISA != "cuda_on_cpu"  # whether the ops are there that are the CPU's alone
@@ -244,8 +245,8 @@ def _(
 
 
 def panel_words(format, inputs):
-    unit = (1, 2, 4)[format]
-    return (-(-inputs // unit) + (format == AS_INT8)) * PANEL
+    unit, more = ((1, 0), (2, 0), (4, 1), (4, REPEATS + 2))[format]
+    return (-(-inputs // unit) + more) * PANEL
 
 
 @torch.library.register_fake(pack_matrix)
@@ -309,7 +310,7 @@ def _(
     if torch.is_grad_enabled():
         refuse("has no gradients: call under torch.no_grad()")
     for name, number, least, most in (
-        ("format", format, 0, AS_INT8), ("heads", heads, 1, 1024), ("policy", policy, -1, len(POLICIES) - 1),
+        ("format", format, 0, AS_FINE_INT8), ("heads", heads, 1, 1024), ("policy", policy, -1, len(POLICIES) - 1),
         ("hidden", hidden, PANEL, MOST_INPUTS),
     ):  # fmt: skip
         check(least <= number <= most, f"{name} must be in {least}..{most}, got {number}")

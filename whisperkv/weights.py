@@ -14,6 +14,7 @@ from . import ops
 from .compat import become
 
 FORMATS = {"model": ops.AS_FLOAT32, "bfloat16": ops.AS_BFLOAT16, "int8": ops.AS_INT8}
+OF_DECODER = FORMATS | {"int8": ops.AS_FINE_INT8}  # where a few large numbers would cost the text something
 NONE = torch.empty(0)  # what an op is given for what there is none of
 
 
@@ -95,7 +96,7 @@ def install(model, format):
                 others[name] = reason
             else:
                 become(module, FastLinear)
-                module.packed = Packed(FORMATS[format])
+                module.packed = Packed((FORMATS if "encoder." in name else OF_DECODER)[format])
     return others
 
 

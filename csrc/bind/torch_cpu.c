@@ -1,6 +1,8 @@
 /* The ops on the CPU: what tensors say is checked, and torch's threads share out the items of work. */
+#define _DEFAULT_SOURCE /* madvise */
 #include <stdlib.h>
 #include <string.h>
+#include <sys/mman.h>
 
 #include "torch_cpu.h"
 #include "torch_ops.h"
@@ -156,7 +158,20 @@ static void pack_matrix(const int64_t begin, const int64_t end, void *const pack
   cpu_kernels->pack_matrix(packing, begin, end);
 }
 
+/* A decode step waits for its weights, and they come faster from large pages. This is a wish, and before memory is
+ * written to for the first time. */
+static void wish_for_large_pages(void *const memory, const int64_t bytes) {
+#ifdef MADV_HUGEPAGE
+  enum { LARGE = 1 << 21 };
+  const uintptr_t begin = ((uintptr_t)memory + LARGE - 1) / LARGE * LARGE;
+  const uintptr_t end = ((uintptr_t)memory + (uintptr_t)bytes) / LARGE * LARGE;
+  if (begin < end) (void)madvise((void *)begin, end - begin, MADV_HUGEPAGE);
+#endif
+}
+
 bool device_pack_matrix(struct call *const call, const struct wkv_matrix_packing *const p) {
+  const int64_t panels = wkv_count_of(p->outputs, WKV_PANEL);
+  wish_for_large_pages(p->panels, panels * wkv_panel_words(p->format, p->inputs) * (int64_t)sizeof *p->panels);
   return share_out(call, wkv_count_of(p->outputs, WKV_PANEL), 1.0 * WKV_PANEL * p->inputs, pack_matrix, (void *)p);
 }
 
@@ -204,7 +219,7 @@ bool device_linear(struct call *const call, const struct wkv_rows *const rows, c
   if (is_ready) l.ready = (const uint32_t *)r.x;
   else l.ready = r.ready = borrow(call, r.rows * r.ready_stride);
   if (!l.ready) return fail(call, "no memory for %lld rows", (long long)r.rows);
-  if (r.format == WKV_AS_INT8) {
+  if (wkv_is_int8(r.format)) {
     l.steps = r.steps = borrow(call, r.rows * (int64_t)(sizeof *r.steps / sizeof(float)));
     if (!l.steps) return fail(call, "no memory for %lld rows", (long long)r.rows);
   }

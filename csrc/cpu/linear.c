@@ -6,42 +6,84 @@
 
 #include "isa.h"
 #include "linear.h"
+#include "linear_codes.h"
 
 /* ---- pack_matrix ---- */
 
-INLINE float number_at(const enum wkv_dtype dtype, const void *const base, const int64_t index) {
-  return load_in_order(dtype, at(dtype, base, index), 1)[0];
+/* The numbers of one unit of an output, and zeros. */
+INLINE vf unit_at(const struct wkv_matrix_packing *const p, const int64_t output, const int64_t unit, const int64_t size) {
+  const int64_t input = unit * size, n = least(size, p->inputs - input);
+  return output < p->outputs ? load_in_order(p->dtype, at(p->dtype, p->weight, output * p->inputs + input), n) : (vf){0};
 }
-
-/* The largest size among a row's numbers; infinite if one is not a number. */
-static float size_of_row(const enum wkv_dtype dtype, const void *const row, const int64_t inputs) {
-  float most = 0;
-  for (int64_t i = 0; i < inputs; i++) {
-    const float size = fabsf(number_at(dtype, row, i));
-    most = size <= most ? most : size == size ? size : INFINITY;
-  }
-  return most;
-}
-
-INLINE uint32_t code_of(const float x, const float per_step) { return (uint32_t)((int32_t)rintf(x * per_step) + 128); }
 
 /* One word of a panel. */
-INLINE uint32_t word_of(const struct wkv_matrix_packing *const p, const int64_t output, const int64_t unit,
-                        const float per_step) {
-  const int64_t size = wkv_unit(p->format);
-  uint32_t word = 0;
-  for (int64_t i = 0; i < size; i++) {
-    const int64_t input = unit * size + i;
-    const bool is_inside = output < p->outputs && input < p->inputs;
-    const float x = is_inside ? number_at(p->dtype, p->weight, output * p->inputs + input) : 0;
-    vf splatted = splat(x);
-    switch (p->format) {
-      case WKV_AS_FLOAT32: memcpy(&word, &x, sizeof word); break;
-      case WKV_AS_BFLOAT16: word |= to_bfloat16(splatted)[0] >> 16 << 16 * i; break;
-      default: word |= code_of(x, per_step) << 8 * i;
+INLINE uint32_t word_of(const struct wkv_matrix_packing *const p, const int64_t output, const int64_t unit) {
+  const vf numbers = unit_at(p, output, unit, wkv_unit(p->format));
+  if (p->format == WKV_AS_FLOAT32) return ((vu)numbers)[0];
+  const vu halves = to_bfloat16(numbers);
+  return halves[0] >> 16 | halves[1];
+}
+
+/* The sizes of an output's units, WKV_PANEL words apart; whether all of its numbers are finite: else they are zeros. */
+static bool measure(const struct wkv_matrix_packing *const p, const int64_t output, const int64_t units,
+                    float *const sizes) {
+  bool is_finite = true;
+  for (int64_t unit = 0; unit < units; unit++) {
+    const vf numbers = unit_at(p, output, unit, UNIT);
+    float most = 0;
+    for (int i = 0; i < UNIT; i++) {
+      const float size = fabsf(numbers[i]);
+      is_finite &= size < INFINITY;
+      most = size > most ? size : most;
     }
+    sizes[unit * WKV_PANEL] = most;
   }
+  for (int64_t unit = 0; unit < units && !is_finite; unit++) sizes[unit * WKV_PANEL] = 0;
+  return is_finite;
+}
+
+/* Part so of the codes of one unit, one byte each. */
+INLINE uint32_t codes_of(const vf numbers, const float per_step, const int part) {
+  const vi codes = rounded(numbers * per_step);
+  uint32_t word = 0;
+  for (int i = 0; i < UNIT; i++) word |= (uint32_t)(uint8_t)part_of(codes[i], part) << 8 * i;
   return word;
+}
+
+INLINE uint32_t sum_of_bytes(const uint32_t word) {
+  int32_t sum = 0;
+  for (int i = 0; i < UNIT; i++) sum += (int8_t)(word >> 8 * i);
+  return (uint32_t)sum;
+}
+
+/* The sizes first stand where the codes will. */
+static void pack_codes(const struct wkv_matrix_packing *const p, const int64_t panel, uint32_t *const words) {
+  const int64_t units = wkv_count_of(p->inputs, UNIT);
+  const int count = p->format == WKV_AS_FINE_INT8 ? WKV_REPEATS : 0;
+  float *const sizes = (float *)words, *const steps = sizes + wkv_panel_words(p->format, p->inputs) - WKV_PANEL;
+  uint32_t *const places = words + units * WKV_PANEL, *const again = places + WKV_PANEL;
+  bool is_finite[WKV_PANEL];
+  for (int64_t i = 0; i < WKV_PANEL; i++) is_finite[i] = measure(p, panel * WKV_PANEL + i, units, sizes + i);
+  const struct repeats repeats = repeat_most_helpful(sizes, units, count);
+  for (int i = 0; i < WKV_PANEL; i++) {
+    float most = 0;
+    for (int64_t unit = 0; unit < units; unit++)
+      most = sizes[unit * WKV_PANEL + i] > most ? sizes[unit * WKV_PANEL + i] : most;
+    steps[i] = most / LARGEST_CODE;
+  }
+  for (int64_t i = 0; i < WKV_PANEL; i++) {
+    /* Numbers that are not finite spoil their output through the step, and their codes are 0. */
+    const float per_step = steps[i] > 0 ? 1 / steps[i] : 0;
+    const int64_t output = is_finite[i] ? panel * WKV_PANEL + i : p->outputs;
+    for (int64_t unit = 0; unit < units; unit++)
+      words[unit * WKV_PANEL + i] = codes_of(unit_at(p, output, unit, UNIT), per_step, 0) ^ 0x80808080;
+    for (int e = 0; e < count; e++) {
+      const vf numbers = unit_at(p, output, repeats.unit[e], UNIT);
+      again[e * WKV_PANEL + i] = codes_of(numbers, per_step, times(&repeats, e + 1, repeats.unit[e]));
+    }
+    if (!is_finite[i]) steps[i] = INFINITY;
+  }
+  for (int i = 0; i < WKV_PANEL && count; i++) places[i] = i < count ? (uint32_t)repeats.unit[i] : 0;
 }
 
 /* A panel of float32 as the model has it: rows and columns change places, W of both at a time. */
@@ -59,30 +101,18 @@ static void transpose_panel(const struct wkv_matrix_packing *const p, const int6
     for (int64_t i = 0; i < WKV_PANEL; i++) to[unit * WKV_PANEL + i] = from[i * p->inputs + unit];
 }
 
-static void pack_panel(const struct wkv_matrix_packing *const p, const int64_t panel, uint32_t *const panel_words) {
+static void pack_panel(const struct wkv_matrix_packing *const p, const int64_t panel, uint32_t *const to) {
   const int64_t units = wkv_count_of(p->inputs, wkv_unit(p->format));
-  for (int64_t i = 0; i < WKV_PANEL; i++) {
-    const int64_t output = panel * WKV_PANEL + i;
-    uint32_t *const to = panel_words + i;
-    float step = 0;
-    if (p->format == WKV_AS_INT8) {
-      if (output < p->outputs)
-        step = size_of_row(p->dtype, at(p->dtype, p->weight, output * p->inputs), p->inputs) / 127;
-      memcpy(to + units * WKV_PANEL, &step, sizeof step);
-    }
-    /* Numbers that are not finite spoil their output through the step, and their codes are 0. */
-    const float per_step = step > 0 && step < INFINITY ? 1 / step : 0;
-    const bool is_spoilt = p->format == WKV_AS_INT8 && !(step < INFINITY);
-    for (int64_t unit = 0; unit < units; unit++)
-      to[unit * WKV_PANEL] = is_spoilt ? 0x80808080 : word_of(p, output, unit, per_step);
-  }
+  for (int64_t i = 0; i < WKV_PANEL; i++)
+    for (int64_t unit = 0; unit < units; unit++) to[unit * WKV_PANEL + i] = word_of(p, panel * WKV_PANEL + i, unit);
 }
 
 void ON_ISA(wkv_pack_matrix)(const struct wkv_matrix_packing *const p, const int64_t begin, const int64_t end) {
   for (int64_t panel = begin; panel < end; panel++) {
     uint32_t *const to = p->panels + panel * wkv_panel_words(p->format, p->inputs);
     const bool is_copy = p->format == WKV_AS_FLOAT32 && p->dtype == WKV_FLOAT32;
-    if (is_copy && (panel + 1) * WKV_PANEL <= p->outputs) transpose_panel(p, panel, to);
+    if (wkv_is_int8(p->format)) pack_codes(p, panel, to);
+    else if (is_copy && (panel + 1) * WKV_PANEL <= p->outputs) transpose_panel(p, panel, to);
     else pack_panel(p, panel, to);
   }
 }
@@ -125,35 +155,53 @@ INLINE void store_bytes(void *const to, const vi codes) {
 #endif
 }
 
-struct extent {
-  vf most, spoilt;
-};
+#define PARTNER(lane, h) ((lane) ^ (h))
+#define FIRST_OF_UNIT(lane, h) ((lane) * UNIT % W)
 
-INLINE struct extent widen(const struct extent extent, const vf number) {
-  const vf size = (vf)((vu)number & 0x7fffffff);
-  return (struct extent){larger(size, extent.most), extent.spoilt + size * 0.0f}; /* NaN, if it is not finite */
+/* The sizes of the units of W numbers; zeros, or NaN if a number is not finite. */
+INLINE vf store_sizes(float *const to, const vf numbers) {
+  enum { UNITS = W / UNIT };
+  vf size = (vf)((vu)numbers & 0x7fffffff);
+  const vf spoilt = size * 0.0f;
+  size = larger(size, SHUFFLE(size, size, LANES(PARTNER, 1)));
+  size = larger(size, SHUFFLE(size, size, LANES(PARTNER, 2)));
+  size = SHUFFLE(size, size, LANES(FIRST_OF_UNIT, 0));
+  memcpy(to, &size, UNITS * sizeof *to);
+  return spoilt;
 }
 
+/* Rounds W numbers to codes; their sum. */
 INLINE vi round_some(const vf number, const float per_step, int8_t *const to) {
-  const float round = 0x1.8p23f; /* added and taken away, to the nearest integer */
-  const vi codes = (vi)((vu)(number * per_step + round) - (vu)splat(round));
+  const vf largest = splat(LARGEST_CODE);
+  const vi codes = rounded(smaller(larger(number * per_step, -largest), largest));
   store_bytes(to, codes);
   return codes;
 }
 
-static void round_row(const struct wkv_rows *const r, const float *const x, const struct norm norm, int8_t *const to,
-                      struct wkv_step *const step) {
-  const int64_t whole = r->inputs / W * W, rest = r->inputs - whole;
-  struct extent extent = {{0}, {0}};
-  for (int64_t i = 0; i < whole; i += W) extent = widen(extent, input_at(r, x, norm, i, W));
-  if (rest) extent = widen(extent, input_at(r, x, norm, whole, rest));
-  const float largest = largest_of(extent.most), per_step = largest > 0 ? 127 / largest : 0;
-  vu sum = {0};
-  for (int64_t i = 0; i < whole; i += W) sum += (vu)round_some(input_at(r, x, norm, i, W), per_step, to + i);
-  if (rest) sum += (vu)round_some(input_at(r, x, norm, whole, rest), per_step, to + whole);
-  uint32_t total = 0; /* may wrap around where a number is not finite: its code is anything */
+/* The sizes first stand where the codes will. */
+static void round_row(const struct wkv_rows *const r, const int count, const float *const x, const struct norm norm,
+                      uint32_t *const ready, struct wkv_step *const step) {
+  const int64_t whole = r->inputs / W * W, rest = r->inputs - whole, units = wkv_count_of(r->inputs, UNIT);
+  float *const sizes = (float *)ready;
+  vf spoilt = {0};
+  for (int64_t i = 0; i < whole; i += W) spoilt += store_sizes(sizes + i / UNIT, input_at(r, x, norm, i, W));
+  if (rest) spoilt += store_sizes(sizes + whole / UNIT, input_at(r, x, norm, whole, rest));
+  const struct repeats repeats = repeat_largest(sizes, units, count);
+  const float per_step = repeats.step > 0 ? 1 / repeats.step : 0;
+  int8_t *const to = (int8_t *)ready;
+  vi sum = {0};
+  for (int64_t i = 0; i < whole; i += W) sum += round_some(input_at(r, x, norm, i, W), per_step, to + i);
+  if (rest) sum += round_some(input_at(r, x, norm, whole, rest), per_step, to + whole);
+  uint32_t total = 0;
   for (int i = 0; i < W; i++) total += (uint32_t)sum[i];
-  *step = (struct wkv_step){largest / 127 + sum_of(extent.spoilt), total * 128};
+  for (int e = 0; e < count; e++) {
+    const int64_t unit = repeats.unit[e], i = unit * UNIT;
+    const vf numbers = input_at(r, x, norm, i, least(UNIT, r->inputs - i));
+    ready[units + e] = codes_of(numbers, per_step, times(&repeats, e + 1, unit));
+    ready[units + WKV_REPEATS + e] = (uint32_t)unit;
+    total += sum_of_bytes(ready[units + e]);
+  }
+  *step = (struct wkv_step){repeats.step + sum_of(spoilt), total * 128};
 }
 
 INLINE void convert_row(const struct wkv_rows *const r, const enum wkv_dtype dtype, const float *const x,
@@ -171,7 +219,8 @@ void ON_ISA(wkv_make_ready)(const struct wkv_rows *const r, const int64_t begin,
     switch (r->format) {
       case WKV_AS_FLOAT32: convert_row(r, WKV_FLOAT32, x, norm, ready); break;
       case WKV_AS_BFLOAT16: convert_row(r, WKV_BFLOAT16, x, norm, ready); break;
-      default: round_row(r, x, norm, (int8_t *)ready, &r->steps[row]);
+      case WKV_AS_INT8: round_row(r, 0, x, norm, ready, &r->steps[row]); break;
+      default: round_row(r, WKV_REPEATS, x, norm, ready, &r->steps[row]);
     }
   }
 }
@@ -211,6 +260,7 @@ void ON_ISA(wkv_linear)(const struct wkv_linear *const l, const int64_t begin, c
     if (!l->is_packed) multiply_in_place(l, row, last, panel);
     else if (l->format == WKV_AS_FLOAT32) multiply_panel(l, WKV_AS_FLOAT32, row, last, panel);
     else if (l->format == WKV_AS_BFLOAT16) multiply_panel(l, WKV_AS_BFLOAT16, row, last, panel);
-    else multiply_panel(l, WKV_AS_INT8, row, last, panel);
+    else if (l->format == WKV_AS_INT8) multiply_panel(l, WKV_AS_INT8, row, last, panel);
+    else multiply_panel(l, WKV_AS_FINE_INT8, row, last, panel);
   }
 }

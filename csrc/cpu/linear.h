@@ -103,18 +103,97 @@ INLINE void multiply_rows(const enum wkv_format format, const int rows, const ui
   for (int r = 0; r < rows; r++) kept[r][0] = sums[r][0], kept[r][1] = sums[r][1];
 }
 
+/* ---- what is entered again ---- */
+
+/* Two vectors of a panel of fine codes. */
+struct again {
+  const uint32_t *panel, *codes; /* from the first lane on */
+  uint32_t place[WKV_REPEATS];
+};
+
+INLINE struct again again_of(const uint32_t *const panel, const int64_t units, const int64_t column) {
+  const uint32_t *const places = panel + units * WKV_PANEL;
+  struct again again = {panel + column, places + WKV_PANEL + column, {0}};
+  for (int e = 0; e < WKV_REPEATS; e++) {
+    const uint32_t place = places[e];
+    again.place[e] = place < units ? place : 0; /* whoever made the panel */
+  }
+  return again;
+}
+
+/* A word of x and signed codes of the panel: the former is made unsigned, and what that adds is taken away by adding the
+ * offset of the codes. */
+enum { SIGNS = (int32_t)0x80808080 };
+
+INLINE vu multiply_signed(const uint32_t word, const vu codes, const vu sum) {
+  return multiply_bytes((vi){0} + ((int32_t)word ^ SIGNS), (vi)codes, sum);
+}
+
+INLINE vu offset_of(const vu codes) { return -multiply_bytes((vi){0} + SIGNS, (vi)codes, (vu){0}); }
+
+INLINE bool is_among(const uint32_t place, const uint32_t *const places) {
+  bool found = false;
+  for (int e = 0; e < WKV_REPEATS; e++) found |= place == places[e];
+  return found;
+}
+
+/* What of a row's own units the panel enters again too. */
+static __attribute__((noinline)) void multiply_shared(const uint32_t *const own, const struct again *const again,
+                                                      vu sums[TWO]) {
+  for (int q = 0; q < WKV_REPEATS; q++)
+    for (int e = 0; e < WKV_REPEATS; e++)
+      for (int v = 0; v < TWO && own[WKV_REPEATS + q] == again->place[e]; v++) {
+        const vu codes = load_words(again->codes + e * WKV_PANEL + v * W);
+        sums[v] = multiply_signed(own[q], codes, sums[v] + offset_of(codes));
+      }
+}
+
+INLINE void multiply_again(const int rows, const uint32_t *const x, const int64_t stride, const int64_t units,
+                           const struct again *const again, vu kept[ABREAST][TWO]) {
+  vu codes[WKV_REPEATS][TWO], offset[TWO] = {{0}, {0}};
+#pragma GCC unroll 4
+  for (int e = 0; e < WKV_REPEATS; e++)
+#pragma GCC unroll 2
+    for (int v = 0; v < TWO; v++) {
+      codes[e][v] = load_words(again->codes + e * WKV_PANEL + v * W);
+      offset[v] += offset_of(codes[e][v]);
+    }
+  for (int r = 0; r < rows; r++) {
+    const uint32_t *const row = x + r * stride, *const own = row + units;
+    vu sums[TWO] = {kept[r][0] + offset[0], kept[r][1] + offset[1]};
+    bool is_shared = false;
+#pragma GCC unroll 4
+    for (int e = 0; e < WKV_REPEATS; e++) {
+      const uint32_t place = own[WKV_REPEATS + e], *const there = again->panel + place * WKV_PANEL;
+      is_shared |= is_among(place, again->place);
+#pragma GCC unroll 2
+      for (int v = 0; v < TWO; v++) {
+        sums[v] = multiply_signed(row[again->place[e]], codes[e][v], sums[v]);
+        sums[v] = multiply_bytes((vi)load_words(there + v * W), (vi){0} + (int32_t)own[e], sums[v]);
+      }
+    }
+    if (is_shared) multiply_shared(own, again, sums);
+    kept[r][0] = sums[0], kept[r][1] = sums[1];
+  }
+}
+
 INLINE void panel_rows(const struct wkv_linear *const l, const enum wkv_format format, const int rows,
                        const int64_t row, const int64_t panel) {
   const int64_t units = wkv_count_of(l->inputs, wkv_unit(format)), stride = l->ready_stride;
-  const uint32_t *const words = (const uint32_t *)l->weight + panel * wkv_panel_words(format, l->inputs);
+  const int64_t words_of_panel = wkv_panel_words(format, l->inputs);
+  const uint32_t *const words = (const uint32_t *)l->weight + panel * words_of_panel;
   const uint32_t *const x = l->ready + row * stride;
   for (int64_t column = 0; column < WKV_PANEL; column += TWO * W) {
     vu kept[ABREAST][TWO];
     multiply_rows(format, rows, x, stride, words + column, units, kept);
+    if (format == WKV_AS_FINE_INT8) {
+      const struct again again = again_of(words, units, column);
+      multiply_again(rows, x, stride, units, &again, kept);
+    }
     for (int v = 0; v < TWO; v++) {
       const int64_t output = panel * WKV_PANEL + column + v * W;
-      if (format == WKV_AS_INT8) {
-        const vf steps = (vf)load_words(words + units * WKV_PANEL + column + v * W);
+      if (wkv_is_int8(format)) {
+        const vf steps = (vf)load_words(words + words_of_panel - WKV_PANEL + column + v * W);
         for (int r = 0; r < rows; r++) kept[r][v] = (vu)number_of(l->steps[row + r], kept[r][v], steps);
       }
       finish(l, rows, row, output, (const vf *)&kept[0][v], TWO);
