@@ -202,6 +202,18 @@ def test_weights_that_change_are_read_anew(small, audio, steps, weights):
 
 
 @pytest.mark.parametrize("weights", WEIGHTS)
+def test_what_is_written_past_autograd_is_read_by_the_next_patch(small, audio, weights):
+    patch(small, weights=weights)
+    before = decode(small, audio)
+    small.model.decoder.layers[0].fc1.weight.data.mul_(-1)  # no version counts this
+    small.model.encoder.conv2.weight.data.add_(0.5)
+    changed = decode(patch(small, weights=weights), audio)
+    assert (changed - before).abs().mean() > 0.1
+    fresh = patch(copy.deepcopy(unpatch(small)), weights=weights)
+    assert torch.equal(decode(fresh, audio), changed)
+
+
+@pytest.mark.parametrize("weights", WEIGHTS)
 def test_copies_and_pickles(small, audio, weights, tmp_path):
     patch(small, weights=weights)
     want = decode(small, audio)
