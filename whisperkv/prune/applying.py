@@ -1,0 +1,171 @@
+"""apply(), remove() and stats(): pruning in a speech LLM that is otherwise left alone."""
+
+import weakref
+
+import torch
+from transformers import DynamicCache
+
+from . import attention, prompt
+from .base import check_budget
+from .families import family_of
+from .layer import PrunedLayer
+from .pruners import pruner_of
+from .records import PruneStats
+from .running import Run, running
+
+_APPLIED = weakref.WeakKeyDictionary()  # of a model: its Pruning
+
+
+def apply(model, pruner="token_attn_recency", budget=0.5, **settings):
+    """Let a speech LLM drop part of the audio from its cache as soon as it has read the prompt.
+
+    model     one of the families of whisperkv.prune.families, from transformers
+    pruner    the name of a pruner, as "token_attn_recency", or one that was made
+    budget    the share of the audio tokens that stay, or their number
+    settings  of the pruner, by name: apply(model, "random", budget=0.5, seed=3)
+
+    What comes back can stand in a `with`, after which the model is as it was; or call remove(model). A model to which a
+    pruner is applied already takes the new one.
+    """
+    check_budget(budget)
+    pruner = pruner_of(pruner, settings)
+    family = family_of(model)
+    model = family.whole(model)
+    remove(model)
+    _APPLIED[model] = pruning = Pruning(model, family, pruner, budget)
+    return pruning
+
+
+def remove(model):
+    """Make the model what it was before apply(). One that has no pruner is left alone."""
+    pruning = _of(model)
+    if pruning is not None:
+        pruning.remove()
+
+
+def stats(model) -> PruneStats:
+    """The cache of the last prompt that held audio."""
+    pruning = _of(model)
+    if pruning is None:
+        raise ValueError("no pruner is applied to the model: call whisperkv.prune.apply(model, ...) first")
+    return pruning.stats
+
+
+def _of(model):
+    try:
+        return _APPLIED.get(family_of(model).whole(model))
+    except TypeError:
+        return None
+
+
+def _hears(given):
+    """Whether a pass brings audio. Without, the token that stands for it is one that the model has written itself."""
+    return any("features" in name and value is not None for name, value in given.items())
+
+
+class Pruning:
+    """A pruner at work in a model, until remove() or the end of a `with`."""
+
+    def __init__(self, model, family, pruner, budget):
+        self._model = weakref.ref(model)
+        self.family, self.pruner, self.budget = family, pruner, budget
+        self.language_model = family.language_model(model)
+        self.audio_token = family.audio_token(model)
+        self.stats = PruneStats()
+        attention.install(self.language_model.config)
+        hooks = (
+            model.register_forward_pre_hook(self._before_model, with_kwargs=True),
+            model.register_forward_hook(self._after_model, always_call=True),
+            self.language_model.register_forward_pre_hook(self._before_language_model, with_kwargs=True),
+            self.language_model.register_forward_hook(self._after_language_model, with_kwargs=True),
+        )
+        self._hooks = hooks
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *raised):
+        self.remove()
+
+    def __repr__(self):
+        return f"Pruning({self.pruner!r}, budget={self.budget!r})"
+
+    def remove(self):
+        for hook in self._hooks:
+            hook.remove()
+        attention.uninstall(self.language_model.config)
+        model = self._model()
+        if model is not None and _APPLIED.get(model) is self:
+            del _APPLIED[model]
+
+    # One pass: the model is given tokens, its language model the embeddings of these, and of audio
+
+    def _before_model(self, model, args, kwargs):
+        tokens = args[0] if args else kwargs.get("input_ids")
+        mask = kwargs.get("attention_mask")
+        audio = visible = None
+        if tokens is not None:
+            found = tokens == self.audio_token
+            audio = found if _hears(kwargs) and bool(found.any()) else None
+            if mask is not None and mask.dim() == 2:
+                visible = mask[:, -tokens.shape[1] :].bool()
+                visible = None if bool(visible.all()) else visible
+        if audio is not None and bool(audio[:, -1].any()):
+            raise ValueError("the prompt ends inside its audio: nothing after it asks for a text")
+        run = Run(self.pruner, audio, visible)
+        run.embedded = tokens is None
+        run.asks_attentions = bool(kwargs.get("output_attentions"))
+        run.start()
+
+    def _after_model(self, model, args, output):
+        Run.end()
+
+    def _before_language_model(self, language_model, args, kwargs):
+        run = running()
+        if run is None:
+            run = Run(self.pruner, None, None)
+            run.start()
+        name = next((name for name in ("cache", "past_key_values") if kwargs.get(name) is not None), None)
+        cache = kwargs[name] if name else None
+        embeddings = kwargs.get("inputs_embeds")
+        if run.audio is not None and embeddings is not None:
+            self.family.check(run.audio.shape[1], embeddings.shape[1])
+        run.embeddings = embeddings if run.audio is not None else None
+        attention.install(language_model.config)  # in case someone has chosen another since
+        if run.audio is None and (cache is None or cache.get_seq_length() == 0):
+            self._hear_nothing(run)
+        if cache is None:
+            if run.audio is None or kwargs.get("use_cache") is False:
+                return None
+            cache = DynamicCache(config=language_model.config)
+            kwargs = {**kwargs, "past_key_values": cache}
+        pruned = []
+        for number, layer in enumerate(cache.layers):
+            if isinstance(layer, PrunedLayer):
+                if layer.logical == 0:  # it has been reset
+                    cache.layers[number] = type(DynamicCache(config=language_model.config).layers[number])()
+                else:
+                    pruned.append(layer)
+        run.enter(cache, pruned)
+        return args, kwargs
+
+    def _hear_nothing(self, run):
+        if run.embedded:
+            note = "not pruned: the prompt was given as embeddings, of which none is known to be audio (give input_ids)"
+            self.stats = PruneStats(note=note, prompts=self.stats.prompts)
+            return
+        raise ValueError(
+            f"no audio in the prompt: token {self.audio_token}, which stands for it, is not in input_ids. For text alone call "
+            "whisperkv.prune.remove(model) first"
+        )
+
+    def _after_language_model(self, language_model, args, kwargs, output):
+        run = running()
+        if run is None or run.audio is None or run.cache is None:
+            return
+        run.note = prompt.why_not(run.cache, run)
+        if run.note:
+            self.stats = PruneStats(note=run.note, prompts=self.stats.prompts)
+            return
+        with torch.no_grad():
+            self.stats = prompt.prune(run, self.family, language_model, self.budget, self.stats.prompts + 1)

@@ -1,0 +1,41 @@
+"""What we must know of a family of speech LLMs. One that does it differently overrides a method."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Family:
+    """
+    names  the model types, as config.model_type has them
+    rate   audio tokens a second
+    """
+
+    names: tuple[str, ...]
+    rate: float = 0.0
+
+    def whole(self, model):
+        """The model whose forward takes the prompt."""
+        return model
+
+    def language_model(self, model):
+        return model.get_decoder()
+
+    def audio_token(self, model):
+        """The token that stands in a prompt for a piece of audio."""
+        return model.config.audio_token_id
+
+    def prunes(self, language_model, layer):
+        """Whether that layer may be pruned: it looks at all tokens. Others (sliding windows, states) stay as they are."""
+        config = language_model.config
+        types = getattr(config, "layer_types", None)
+        if types is not None:
+            return types[layer] == "full_attention"
+        return getattr(config, "sliding_window", None) is None or not getattr(config, "use_sliding_window", True)
+
+    def check(self, prompt, tokens):
+        """Raise if the language model is given another number of tokens than the prompt has."""
+        if prompt != tokens:
+            raise ValueError(
+                f"the prompt has {prompt} tokens and the language model was given {tokens}: its audio stands as one token "
+                "for each clip, from a processor before transformers 4.48. Let the processor of this version write the prompt"
+            )

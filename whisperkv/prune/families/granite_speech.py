@@ -1,0 +1,3 @@
+from .family import Family
+
+GRANITE_SPEECH = Family(names=("granite_speech",), rate=10)

@@ -1,0 +1,14 @@
+from .family import Family
+
+
+class Phi4Multimodal(Family):
+    """The language model itself puts the audio in place of its tokens."""
+
+    def language_model(self, model):
+        return model.model
+
+    def audio_token(self, model):
+        return model.config.audio_config.audio_token_id
+
+
+PHI4_MULTIMODAL = Phi4Multimodal(names=("phi4_multimodal",), rate=12.5)

@@ -1,0 +1,40 @@
+"""Pruners by name: ours, and those that other packages bring as entry points of the group "whisperkv.pruners"."""
+
+from importlib.metadata import entry_points
+
+from ..base import BasePruner
+from .head_l1 import HeadL1
+from .random import Random
+from .stride import Stride
+from .token_attn_recency import TokenAttnRecency
+from .window import Window
+
+PRUNERS = {
+    "token_attn_recency": TokenAttnRecency,
+    "head_l1": HeadL1,
+    "random": Random,
+    "stride": Stride,
+    "window": Window,
+}
+GROUP = "whisperkv.pruners"
+
+
+def names():
+    """Of all pruners that are here."""
+    return sorted({*PRUNERS, *(entry.name for entry in entry_points(group=GROUP))})
+
+
+def pruner_of(pruner, settings):
+    """A pruner, by its name and settings, or as it was made."""
+    if isinstance(pruner, BasePruner):
+        if settings:
+            raise TypeError(f"{type(pruner).__name__} is made already: give {', '.join(settings)} to it")
+        return pruner
+    kind = PRUNERS.get(pruner) if isinstance(pruner, str) else None
+    if kind is None:
+        for entry in entry_points(group=GROUP):
+            if entry.name == pruner:
+                kind = entry.load()
+    if kind is None:
+        raise ValueError(f"pruner must be one of {', '.join(names())}, or a BasePruner; got {pruner!r}")
+    return kind(**settings)
