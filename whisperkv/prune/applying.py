@@ -5,6 +5,7 @@ import weakref
 import torch
 from transformers import DynamicCache
 
+from ..compat import OLD_CACHE
 from . import attention, prompt
 from .base import check_budget
 from .families import family_of
@@ -107,7 +108,7 @@ class Pruning:
         if tokens is not None:
             found = tokens == self.audio_token
             audio = found if _hears(kwargs) and bool(found.any()) else None
-            if mask is not None and mask.dim() == 2:
+            if isinstance(mask, torch.Tensor) and mask.dim() == 2:
                 visible = mask[:, -tokens.shape[1] :].bool()
                 visible = None if bool(visible.all()) else visible
         if audio is not None and bool(audio[:, -1].any()):
@@ -125,8 +126,8 @@ class Pruning:
         if run is None:
             run = Run(self.pruner, None, None)
             run.start()
-        name = next((name for name in ("cache", "past_key_values") if kwargs.get(name) is not None), None)
-        cache = kwargs[name] if name else None
+        name = "cache" if "cache" in kwargs else OLD_CACHE  # transformers is about to change it
+        cache = kwargs.get(name)
         embeddings = kwargs.get("inputs_embeds")
         if run.audio is not None and embeddings is not None:
             self.family.check(run.audio.shape[1], embeddings.shape[1])
@@ -138,7 +139,7 @@ class Pruning:
             if run.audio is None or kwargs.get("use_cache") is False:
                 return None
             cache = DynamicCache(config=language_model.config)
-            kwargs = {**kwargs, "past_key_values": cache}
+            kwargs = {**kwargs, name: cache}
         pruned = []
         for number, layer in enumerate(cache.layers):
             if isinstance(layer, PrunedLayer):

@@ -64,7 +64,7 @@ def ragged_attention(query, layer, scale):
     place = torch.arange(most, device=query.device)
     slots = layer._slots(place.expand(rows, kv_heads, most).minimum(layer.lengths[..., None].long() - 1).clamp(min=0))
     keys, values = (each.view(-1, each.shape[-1])[slots].float() for each in (layer.keys, layer.values))
-    logits = query.float().view(rows, kv_heads, -1, dim) @ keys.mT * scale
+    logits = query.float().reshape(rows, kv_heads, -1, dim) @ keys.mT * scale
     logits = logits.view(rows, kv_heads, -1, queries, most)
     if layer.bias is not None:
         logits = logits + layer.bias.view(-1)[slots][:, :, None, None]
@@ -84,7 +84,7 @@ def attention_received(query, run, key, scale):
     place = torch.arange(tokens, device=query.device)
     visible = run.visible
     for chosen in run.choose_queries().long().split(64):
-        some = query[:, :, chosen].float().view(rows, kv_heads, -1, dim)
+        some = query[:, :, chosen].float().reshape(rows, kv_heads, -1, dim)
         logits = (some @ key.mT * scale).view(rows, kv_heads, -1, len(chosen), tokens)
         hidden = (place > chosen[:, None])[None]
         if visible is not None:

@@ -4,6 +4,7 @@ import torch
 from transformers.cache_utils import CacheLayerMixin
 
 from .. import compat
+from .base import places
 from .running import running
 
 FEW, MORE, LONG = 16, 64, 512  # slots for the tokens to come, each time that they run out; more where heads are long
@@ -16,27 +17,31 @@ class PrunedLayer(CacheLayerMixin):
     is_sliding = False
     is_croppable = True
 
-    def __init__(self, keys, values, offsets, lengths, logical, tail, bias=None):
+    def __init__(self, keys, values, offsets, lengths, logical):
         super().__init__()
-        self.keys, self.values, self.bias = keys, values, bias  # bias: float32 [rows, slots], or None
+        self.keys, self.values = keys, values
+        self.bias = None  # float32 [rows, slots], added to the logits, or None
         self.offsets, self.lengths = offsets, lengths  # int32 [rows, kv_heads]
         self.logical = logical
-        self.tail = tail  # tokens at the end that crop() may take away
+        self.tail = 0  # tokens at the end that crop() may take away
         self.passed = None  # keys and values of the pass, where it holds audio that is to be pruned
         self.spare = 0  # tokens for which every head has room
         self.dtype, self.device, self.is_initialized = keys.dtype, keys.device, True
 
     @classmethod
-    def gather(cls, keys, values, index, lengths, logical, tail):
-        """Of keys and values [rows, kv_heads, tokens, dim], the tokens that index [rows, kv_heads, most] names."""
+    def gather(cls, keys, values, index, logical):
+        """Of keys and values [rows, kv_heads, tokens, dim], the tokens that index [rows, kv_heads, most] names, ascending,
+        -1 behind the last."""
+        there = index >= 0
+        lengths = there.sum(-1, dtype=torch.int32)
         spare = spare_of(lengths)
         offsets, slots = rooms(lengths, spare)
         rows, _, _, dim = keys.shape
-        layer = cls(keys.new_zeros(rows, slots, dim), values.new_zeros(rows, slots, values.shape[-1]), offsets, lengths,
-                    logical, tail)
+        layer = cls(
+            keys.new_zeros(rows, slots, dim), values.new_zeros(rows, slots, values.shape[-1]), offsets, lengths, logical
+        )
         layer.spare = spare
         to = layer._slots(torch.arange(index.shape[-1], device=index.device).expand_as(index))
-        there = index >= 0
         row, head = torch.meshgrid(*(torch.arange(n, device=index.device) for n in index.shape[:2]), indexing="ij")
         row, head = (each[..., None].expand_as(index)[there] for each in (row, head))
         for ours, theirs in ((layer.keys, keys), (layer.values, values)):
@@ -104,6 +109,15 @@ class PrunedLayer(CacheLayerMixin):
                 ours.view(-1, *ours.shape[2:])[new] = was.view(-1, *was.shape[2:])[old]
         self.lengths, self.spare = lengths, spare
 
+    def keep_of_last(self, stays, visible):
+        """Of the tokens of the last pass keep some: bool [rows, kv_heads, tokens], and which of them have entered."""
+        before = self.lengths.long() - visible.sum(-1)[:, None]
+        old = torch.arange(int(before.max()), device=self.device).expand(*before.shape, -1)
+        new = (visible.cumsum(-1) - 1)[:, None] + before[..., None]
+        kept = torch.cat([old < before[..., None], stays], -1)
+        order = places(kept)
+        self.keep(torch.cat([old, new], -1).gather(-1, order.clamp(min=0)).masked_fill(order < 0, -1))
+
     def _grow(self, queries):
         place = torch.arange(int(self.lengths.max()), device=self.device).expand(*self.lengths.shape, -1)
         self.keep(place.masked_fill(place >= self.lengths[..., None], -1), queries)
@@ -165,6 +179,12 @@ class PrunedLayer(CacheLayerMixin):
 
     def offload(self):
         raise NotImplementedError("a cache whose audio was pruned stays where it is: leave out the offloading")
+
+    def bytes_full(self):
+        """What transformers would have held."""
+        rows, heads = self.lengths.shape
+        width = self.keys.shape[-1] + self.values.shape[-1]
+        return rows * heads * self.logical * width * self.keys.element_size()
 
     def bytes(self):
         held = (self.keys, self.values, self.offsets, self.lengths) + (() if self.bias is None else (self.bias,))

@@ -1,4 +1,4 @@
-"""The pruning of one prompt, once the language model has read it: layer by layer, what a pruner keeps stays."""
+"""The pruning of one prompt, once the language model has read it: layer by layer, what the pruner keeps stays."""
 
 import torch
 from transformers.cache_utils import DynamicLayer
@@ -11,98 +11,113 @@ from .records import PruneStats
 def why_not(cache, run):
     """Why a prompt cannot be pruned; "" if it can."""
     if run.asks_attentions:
-        return "not pruned: attentions were asked for, and of a pruned cache they have no place for what was dropped"
+        return "not pruned: attentions were asked for, and those of a pruned cache have no place for what was dropped"
     if torch.is_grad_enabled() and run.embeddings is not None and run.embeddings.requires_grad:
         return "not pruned: gradients are on, and none pass through a pruned cache (use torch.no_grad())"
-    if torch.compiler.is_compiling():
-        return "not pruned: the model is being compiled"
-    for layer in cache.layers:
-        if type(layer).__name__.startswith("Static"):
-            return "not pruned: a static cache keeps its shape (leave out cache_implementation)"
-    if type(cache).__name__ == "QuantizedCache" or any("Quant" in type(layer).__name__ for layer in cache.layers):
-        return "not pruned: the cache is quantized (leave out cache_implementation)"
+    kinds = {type(layer).__name__ for layer in cache.layers} | {type(cache).__name__}
+    for part, what in (("Static", "keeps its shape"), ("Quant", "is quantized")):
+        if any(part in kind for kind in kinds):
+            return f"not pruned: the cache {what} (leave out cache_implementation)"
     if getattr(cache, "offloading", False):
         return "not pruned: the cache is offloaded (leave out cache_implementation)"
     return ""
 
 
-def prune(run, family, language_model, budget, prompts):
-    """Prune the audio of the pass that has just ended, in every layer that the family lets us, and say what was done."""
-    audio, cache, pruner = run.audio, run.cache, run.pruner
-    visible = torch.ones_like(audio) if run.visible is None else run.visible
-    audio = audio & visible
-    tokens = audio.shape[1]
-    index = places(audio)  # [rows, most], in the pass
-    present = index >= 0
-    clip = ((audio[:, 1:] & ~audio[:, :-1]).cumsum(-1)).gather(1, (index - 1).clamp(min=0)) if tokens > 1 else index * 0
-    tail = tokens - 1 - int(index.max())
-    common = {}
-    seen = _seen(run, visible).gather(1, index.clamp(min=0)) if run.received else torch.zeros_like(index, dtype=torch.float32)
-    embeddings = None
-    if run.embeddings is not None:
-        embeddings = run.embeddings.gather(1, index.clamp(min=0)[..., None].expand(-1, -1, run.embeddings.shape[-1]))
-    kept_counts, held, full = [], 0, 0
-    for number, layer in enumerate(cache.layers):
-        if not isinstance(layer, (DynamicLayer, PrunedLayer)) or layer.is_sliding or not family.prunes(language_model, number):
-            continue
-        meta = Meta(number, len(cache.layers), present, index.clamp(min=0), clip, seen, embeddings, family.rate, common)
-        keys, values = layer.passed if isinstance(layer, PrunedLayer) else (layer.keys, layer.values)
-        heads = keys.shape[1]
-        where = index.clamp(min=0)[:, None].expand(-1, heads, -1)
+class Prompt:
+    """Where the audio stands among the tokens of a pass, and what all layers share."""
+
+    def __init__(self, run, rate, layers):
+        self.pruner, self.run, self.rate, self.layers, self.shared = run.pruner, run, rate, layers, {}
+        self.visible = torch.ones_like(run.audio) if run.visible is None else run.visible
+        self.audio = run.audio & self.visible
+        index = places(self.audio)
+        self.present = index >= 0
+        self.index = index.clamp(min=0)  # [rows, audio], in the pass
+        self.tail = self.audio.shape[1] - 1 - int(index.max())  # tokens behind the last audio
+        begins = self.audio.clone()
+        begins[:, 1:] &= ~self.audio[:, :-1]
+        self.clip = (begins.cumsum(-1) - 1).gather(1, self.index)
+        self.seen = self._seen() if run.received else torch.zeros_like(self.index, dtype=torch.float32)
+        self.embeddings = run.embeddings
+        if run.embeddings is not None:
+            self.embeddings = run.embeddings.gather(1, self.index[..., None].expand(-1, -1, run.embeddings.shape[-1]))
+
+    def _seen(self):
+        """float32 [rows, audio]: how many of the queries whose attention was added up could see a token."""
+        asked = torch.zeros_like(self.visible, dtype=torch.float32)
+        asked[:, self.run.choose_queries().long()] = 1
+        return (asked * self.visible).flip(-1).cumsum(-1).flip(-1).gather(1, self.index)
+
+    def choose(self, number, keys, values, budget):
+        """What the pruner keeps of a layer's audio: the places of its tokens among the audio's, [rows, kv_heads, kept],
+        -1 behind the last, and what it makes of them, None if they stay as they are."""
+        pruner, where = self.pruner, self.index[:, None].expand(-1, keys.shape[1], -1)
         k, v = take(keys, where), take(values, where)
-        received = run.received.pop(number, None)
-        if received is not None:
-            received = received.gather(2, where)
+        received = self.run.received.pop(number, None)
+        received = None if received is None else received.gather(2, where)
+        meta = Meta(number, self.layers, self.present, self.index, self.clip, self.seen, self.embeddings, self.rate,
+                    self.shared)  # fmt: skip
         scores = pruner.score(k, v, received, meta)
         if tuple(scores.shape) != tuple(k.shape[:3]):
             raise ValueError(
-                f"{type(pruner).__name__}.score must return [rows, kv_heads, audio], {tuple(k.shape[:3])} here; got {tuple(scores.shape)}"
+                f"{type(pruner).__name__}.score must return [rows, kv_heads, audio], here {list(k.shape[:3])}; got "
+                f"{list(scores.shape)}"
             )
-        scores = torch.nan_to_num(scores.float(), neginf=torch.finfo(torch.float32).min).masked_fill(~present[:, None], -torch.inf)
+        least = torch.finfo(torch.float32).min
+        scores = scores.float().nan_to_num(nan=least, neginf=least).masked_fill(~self.present[:, None], -torch.inf)
         chosen = pruner.select(scores, budget)
-        stays = (visible & ~audio)[:, None].expand(-1, heads, -1).clone()
-        there = chosen >= 0
-        row, head = (each[..., None].expand_as(chosen)[there] for each in torch.meshgrid(
-            torch.arange(stays.shape[0], device=chosen.device), torch.arange(heads, device=chosen.device), indexing="ij"))
-        stays[row, head, index[row, chosen[there]]] = True
-        place = places(stays)
-        if isinstance(layer, PrunedLayer):
-            was = layer.lengths.long() - visible.sum(-1)[:, None]  # tokens of a head before this pass
-            rank = visible.cumsum(-1) - 1  # of a token of the pass among those that entered
-            new = rank[:, None].expand_as(stays).gather(2, place.clamp(min=0)) + was[..., None]
-            old = torch.arange(int(was.max()), device=place.device).expand(*was.shape, -1)
-            both = torch.cat([old.masked_fill(old >= was[..., None], -1), new.masked_fill(place < 0, -1)], -1)
-            order = (both < 0).to(torch.uint8).argsort(dim=-1, stable=True)
-            both = both.gather(-1, order)[..., : int((both >= 0).sum(-1).max())]
-            layer.keep(both)
-            layer.tail, layer.passed = tail, None
+        if type(pruner).apply is BasePruner.apply:
+            return chosen, None
+        return chosen, Kept(*pruner.apply(k, v, chosen))
+
+    def stays(self, chosen):
+        """bool [rows, kv_heads, tokens]: which tokens of the pass stay."""
+        rows, heads, audio = chosen.shape[0], chosen.shape[1], self.index.shape[1]
+        kept = chosen.new_zeros(rows, heads, audio + 1, dtype=torch.bool)  # the last takes what is -1
+        kept.scatter_(2, chosen.masked_fill(chosen < 0, audio), True)
+        stays = (self.visible & ~self.audio)[:, None].expand(-1, heads, -1).clone()
+        kept = kept[..., :audio] & self.present[:, None]
+        row, head, nth = kept.nonzero(as_tuple=True)
+        stays[row, head, self.index[row, nth]] = True
+        return stays
+
+    def at(self, chosen, stays, before):
+        """Where in its head each chosen token now is, [rows, kv_heads, kept], -1 behind the last."""
+        place = (stays.cumsum(-1) - 1).gather(2, self.index[:, None].expand(-1, stays.shape[1], -1))
+        place = place.gather(2, chosen.clamp(min=0)) + before[..., None]
+        return place.masked_fill(chosen < 0, -1)
+
+
+def prune(run, family, language_model, budget, prompts):
+    """Prune the audio of the pass that has just ended, in every layer that the family lets us, and say what was done."""
+    cache = run.cache
+    prompt = Prompt(run, family.rate, len(cache.layers))
+    counts, held, full = [], 0, 0
+    for number, layer in enumerate(cache.layers):
+        if not isinstance(layer, DynamicLayer | PrunedLayer) or layer.is_sliding or not family.prunes(language_model, number):
+            continue
+        is_new = isinstance(layer, DynamicLayer)
+        keys, values = (layer.keys, layer.values) if is_new else layer.passed
+        chosen, kept = prompt.choose(number, keys, values, budget)
+        stays = prompt.stays(chosen)
+        if is_new:
+            before = torch.zeros_like(stays[..., 0], dtype=torch.int64)
+            cache.layers[number] = layer = PrunedLayer.gather(keys, values, places(stays), layer.get_seq_length())
         else:
-            was = layer.get_seq_length() * 0 + torch.zeros(stays.shape[:2], dtype=torch.int64, device=place.device)
-            lengths = (place >= 0).sum(-1, dtype=torch.int32)
-            layer = PrunedLayer.gather(layer.keys, layer.values, place, lengths, layer.get_seq_length(), tail)
-            cache.layers[number] = layer
-        if type(pruner).apply is not BasePruner.apply:
-            kept = Kept(*pruner.apply(k, v, chosen))
-            before = (stays.cumsum(-1) - 1).gather(2, index[:, None].expand(-1, heads, -1).clamp(min=0))
-            at = before.gather(2, chosen.clamp(min=0)) + was[..., None]
-            layer.hold(at.masked_fill(~there, -1), kept)
-        kept_counts.append(tuple(there.sum(-1).float().mean(0).tolist()))
+            before = layer.lengths.long() - prompt.visible.sum(-1)[:, None]
+            layer.keep_of_last(stays, prompt.visible)
+        layer.tail, layer.passed = prompt.tail, None
+        if kept is not None:
+            layer.hold(prompt.at(chosen, stays, before), kept)
+        counts.append(tuple((chosen >= 0).sum(-1).double().mean(0).tolist()))
         held += layer.bytes()
-        full += 2 * layer.logical * keys.shape[0] * heads * keys.shape[-1] * keys.element_size()
+        full += layer.bytes_full()
     return PruneStats(
-        rows=audio.shape[0],
-        tokens=int(visible.sum(-1).max()),
-        audio_tokens=int(present.sum(-1).max()),
-        kept=tuple(kept_counts),
+        rows=prompt.audio.shape[0],
+        tokens=int(prompt.visible.sum(-1).max()),
+        audio_tokens=int(prompt.present.sum(-1).max()),
+        kept=tuple(counts),
         bytes=held,
         bytes_full=full,
         prompts=prompts,
     )
-
-
-def _seen(run, visible):
-    """float32 [rows, tokens]: how many of the chosen queries could see a token."""
-    asked = torch.zeros_like(visible, dtype=torch.float32)
-    asked[:, run.choose_queries().long()] = 1
-    asked = asked * visible
-    return asked.flip(-1).cumsum(-1).flip(-1)
