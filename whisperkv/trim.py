@@ -90,6 +90,13 @@ def kept_frames(features, attention_mask, trim):
     return kept | ~(low.isfinite() & high.isfinite()).all(-1, keepdim=True)
 
 
+def silent_frames(features):
+    """bool [audios, frames]: stretches without speech, padding among them, by voice.listen() or energy. As kept_frames."""
+    values = features.float()
+    flat = values.amin(1) == values.amax(1)
+    return _stretches(_quiet(values, flat, flat))
+
+
 def _quiet(features, flat, empty):
     """bool [audios, frames]: by Silero where it was heard, elsewhere by energy. Flat columns are quiet in any case, and
     those that are empty say nothing of the noise floor."""

@@ -59,9 +59,9 @@ def _of(model):
         return None
 
 
-def _hears(given):
-    """Whether a pass brings audio. Without, the token that stands for it is one that the model has written itself."""
-    return any("features" in name and value is not None for name, value in given.items())
+def _features(given):
+    """What a pass brings of audio. Without, the token that stands for it is one that the model has written itself."""
+    return next((value for name, value in given.items() if "features" in name and value is not None), None)
 
 
 class Pruning:
@@ -105,9 +105,10 @@ class Pruning:
         tokens = args[0] if args else kwargs.get("input_ids")
         mask = kwargs.get("attention_mask")
         audio = visible = None
+        features = _features(kwargs)
         if tokens is not None:
             found = tokens == self.audio_token
-            audio = found if _hears(kwargs) and bool(found.any()) else None
+            audio = found if features is not None and bool(found.any()) else None
             if isinstance(mask, torch.Tensor) and mask.dim() == 2:
                 visible = mask[:, -tokens.shape[1] :].bool()
                 visible = None if bool(visible.all()) else visible
@@ -115,6 +116,7 @@ class Pruning:
             raise ValueError("the prompt ends inside its audio: nothing after it asks for a text")
         run = Run(self.pruner, audio, visible)
         run.embedded = tokens is None
+        run.features = features if isinstance(features, torch.Tensor) and audio is not None else None
         run.asks_attentions = bool(kwargs.get("output_attentions"))
         run.start()
 

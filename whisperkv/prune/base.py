@@ -7,6 +7,8 @@ from typing import ClassVar, NamedTuple
 
 import torch
 
+from .hearing import silent_tokens
+
 
 @dataclass(frozen=True)
 class Meta:
@@ -23,7 +25,15 @@ class Meta:
     seen: torch.Tensor  # float32 [rows, audio], by how many of the queries in attn_weights a token could be seen
     embeddings: torch.Tensor | None  # [rows, audio, width], what the audio encoder gave the language model
     rate: float  # audio tokens a second; 0 where the family does not know
+    features: torch.Tensor | None = None  # as the model was given them: [clips, mels, columns] in most families
     shared: dict = field(default_factory=dict)  # by a pruner's own key: what all layers of one prompt have in common
+
+    @property
+    def silent(self):
+        """bool [rows, audio]: tokens without speech; None if that cannot be told. whisperkv.listen(processor) tells best."""
+        if "silent" not in self.shared:
+            self.shared["silent"] = silent_tokens(self.features, self.clip, self.present)
+        return self.shared["silent"]
 
 
 class Kept(NamedTuple):

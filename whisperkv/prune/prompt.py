@@ -55,8 +55,18 @@ class Prompt:
         k, v = take(keys, where), take(values, where)
         received = self.run.received.pop(number, None)
         received = None if received is None else received.gather(2, where)
-        meta = Meta(number, self.layers, self.present, self.index, self.clip, self.seen, self.embeddings, self.rate,
-                    self.shared)  # fmt: skip
+        meta = Meta(
+            layer=number,
+            layers=self.layers,
+            present=self.present,
+            tokens=self.index,
+            clip=self.clip,
+            seen=self.seen,
+            embeddings=self.embeddings,
+            rate=self.rate,
+            features=self.run.features,
+            shared=self.shared,
+        )
         scores = pruner.score(k, v, received, meta)
         if tuple(scores.shape) != tuple(k.shape[:3]):
             raise ValueError(

@@ -23,6 +23,7 @@ class Run:
         self.asks_attentions = False
         self.note = ""
         self.cache = None
+        self.features = None  # what the audio encoder is given
         self.embeddings = None  # [rows, tokens, width]
         self.received = {}  # of a layer's number: attention that its tokens have received
         self.queries = None  # whose attention is added up

@@ -3,15 +3,21 @@
 from importlib.metadata import entry_points
 
 from ..base import BasePruner
+from .chunk_vad import ChunkVad
 from .head_l1 import HeadL1
+from .merge import Merge
 from .random import Random
 from .stride import Stride
 from .token_attn_recency import TokenAttnRecency
+from .token_saliency import TokenSaliency
 from .window import Window
 
 PRUNERS = {
     "token_attn_recency": TokenAttnRecency,
+    "chunk_vad": ChunkVad,
+    "token_saliency": TokenSaliency,
     "head_l1": HeadL1,
+    "merge": Merge,
     "random": Random,
     "stride": Stride,
     "window": Window,

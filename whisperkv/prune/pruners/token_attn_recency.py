@@ -21,9 +21,13 @@ class TokenAttnRecency(BasePruner):
             raise ValueError(f"token_attn_recency: recency must be a number from 0 to 1; got {self.recency!r}")
 
     def score(self, k, v, attn_weights, meta):
-        received = attn_weights / meta.seen[:, None].clamp(min=1)
-        received = received.masked_fill(~meta.present[:, None], 0)
-        highest = received.amax(-1, keepdim=True).clamp(min=1e-20)
-        audio = meta.present.sum(-1, keepdim=True).clamp(min=1)
-        late = (torch.arange(k.shape[2], device=k.device) / audio)[:, None]
-        return (1 - self.recency) * received / highest + self.recency * late
+        return attention_and_recency(attn_weights, meta, self.recency)
+
+
+def attention_and_recency(received, meta, recency):
+    """Both from 0 to 1, weighed: [rows, kv_heads, audio]. Attention is that of a query that could see the token."""
+    received = (received / meta.seen[:, None].clamp(min=1)).masked_fill(~meta.present[:, None], 0)
+    received = received / received.amax(-1, keepdim=True).clamp(min=1e-20)
+    audio = meta.present.sum(-1, keepdim=True).clamp(min=1)
+    late = (torch.arange(received.shape[-1], device=received.device) / audio)[:, None]
+    return (1 - recency) * received + recency * late

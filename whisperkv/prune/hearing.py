@@ -1,0 +1,38 @@
+"""Where the audio of a prompt is silent, token by token, from the features that the model is given."""
+
+import torch
+
+from ..trim import silent_frames
+
+
+def silent_tokens(features, clip, present):
+    """bool [rows, audio]: tokens of silence alone; None where features cannot be told apart token by token.
+
+    features  [clips, mels, columns], of all clips in the order of the rows
+    clip      of each token the clip of its row that it is of, [rows, audio], where `present`
+    """
+    if features is None or features.dim() != 3:
+        return None
+    counts = [int(((numbers == number) & there).sum()) for numbers, there in zip(clip, present, strict=True)
+              for number in range(int(numbers.max()) + 1)]  # fmt: skip
+    counts = [count for count in counts if count]
+    clips = len(features)
+    if clips != len(counts):  # a clip came as several windows, as Voxtral's do
+        if clips == 0 or sum(counts) % clips:
+            return None
+        counts = [sum(counts) // clips] * clips
+    silent = silent_frames(features)
+    heard = (features.amin(1) != features.amax(1)).int()
+    full = max(counts)
+    quiet = []
+    for number, count in enumerate(counts):
+        # Clips of one prompt are padded to one length in the features, and their tokens are not.
+        columns = int(heard[number].nonzero().max()) + 1 if count < full and bool(heard[number].any()) else features.shape[-1]
+        frames = max(1, min(columns // 2, silent.shape[1]))
+        edges = torch.linspace(0, frames, count + 1, device=silent.device).long()
+        sums = torch.nn.functional.pad(silent[number, :frames].cumsum(0), (1, 0))
+        width = (edges[1:] - edges[:-1]).clamp(min=1)
+        quiet.append(sums[edges[1:]] - sums[edges[:-1]] >= width)
+    result = torch.zeros_like(present)
+    result[present] = torch.cat(quiet).to(result.device)
+    return result
