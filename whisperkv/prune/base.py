@@ -75,7 +75,8 @@ class BasePruner:
         return places(exists & (rank < count[..., None]))
 
     def apply(self, k, v, kept_idx):
-        """What the cache holds of them: a Kept, or (keys, values). As it is: the tokens chosen, unchanged."""
+        """What the cache holds of them: a Kept, or (keys, values). As it is: the tokens chosen, unchanged. Rows that are
+        given together have as many audio tokens."""
         return Kept(take(k, kept_idx), take(v, kept_idx))
 
 

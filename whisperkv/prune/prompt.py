@@ -78,7 +78,22 @@ class Prompt:
         chosen = pruner.select(scores, budget)
         if type(pruner).apply is BasePruner.apply:
             return chosen, None
-        return chosen, Kept(*pruner.apply(k, v, chosen))
+        return chosen, self._made_of(k, v, chosen)
+
+    def _made_of(self, k, v, chosen):
+        """What the pruner makes of the chosen: of rows that have as much audio together, so that it sees no gaps."""
+        audio = self.present.sum(-1).tolist()
+        if len(set(audio)) == 1:
+            return Kept(*self.pruner.apply(k, v, chosen))
+        keys, values = take(k, chosen).float(), take(v, chosen).float()
+        counts = torch.ones(chosen.shape, device=k.device)
+        for row, count in enumerate(audio):
+            one, most = slice(row, row + 1), int((chosen[row] >= 0).sum(-1).max())
+            made = Kept(*self.pruner.apply(k[one, :, :count], v[one, :, :count], chosen[one, :, :most]))
+            keys[one, :, :most], values[one, :, :most] = made.keys.float(), made.values.float()
+            if made.counts is not None:
+                counts[one, :, :most] = made.counts
+        return Kept(keys, values, counts)
 
     def stays(self, chosen):
         """bool [rows, kv_heads, tokens]: which tokens of the pass stay."""

@@ -48,8 +48,9 @@ class _Listening(BasePruner):
     def score(self, k, v, attn_weights, meta):
         if meta.embeddings is None or meta.silent is None:
             raise ValueError("of this model no audio token can be told to be speech or silence, so no head can be trained")
-        if not any(embeddings is meta.embeddings for embeddings, _ in self.heard):
-            self.heard.append((meta.embeddings, ~meta.silent))
+        if "heard" not in meta.shared:  # by the first layer
+            meta.shared["heard"] = True
+            self.heard.append((meta.embeddings[meta.present].float(), ~meta.silent[meta.present]))
         return torch.ones(k.shape[:3], device=k.device)
 
 
@@ -69,8 +70,8 @@ def train(model, prompts, steps=400, seed=0, progress=None):
             with apply(model, listening, budget=1.0):
                 model(**prompt)
             for heard, speech in listening.heard:
-                embeddings.append(heard.flatten(0, 1).float())
-                labels.append(speech.flatten())
+                embeddings.append(heard)
+                labels.append(speech)
     if not embeddings:
         raise ValueError("prompts must hold audio, one prompt at least")
     embeddings, labels = torch.cat(embeddings), torch.cat(labels).float()

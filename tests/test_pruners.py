@@ -1,0 +1,235 @@
+"""Each pruner alone: what it keeps of audio whose good and bad parts are known."""
+
+import math
+
+import pytest
+import torch
+from speech_models import lengths, make, mels
+
+from whisperkv import prune
+from whisperkv.prune import BasePruner, Meta
+from whisperkv.prune.base import kept_of, places
+from whisperkv.prune.hearing import silent_tokens
+from whisperkv.prune.pruners import PRUNERS, pruner_of
+from whisperkv.prune.pruners.merge import Merge
+from whisperkv.prune.saliency import SaliencyHead, train
+
+HEADS, DIM, WIDTH = 2, 8, 12
+
+
+def meta(audio=(20, 12), **others):
+    most = max(audio)
+    present = torch.arange(most) < torch.tensor(audio)[:, None]
+    given = dict(
+        layer=0, layers=2, present=present, tokens=torch.arange(most).expand(len(audio), -1) + 3,
+        clip=torch.zeros(len(audio), most, dtype=torch.int64), seen=torch.full(present.shape, 5.0),
+        embeddings=torch.randn(len(audio), most, WIDTH, generator=torch.Generator().manual_seed(0)), rate=25,
+    )  # fmt: skip
+    return Meta(**{**given, **others})
+
+
+def kept(pruner, of, budget, received=None):
+    rows, audio = of.present.shape
+    k, v = torch.randn(2, rows, HEADS, audio, DIM, generator=torch.Generator().manual_seed(1)).unbind(0)
+    if received is None:
+        received = torch.ones(rows, HEADS, audio)
+    scores = pruner.score(k, v, received, of)
+    assert scores.shape == (rows, HEADS, audio)
+    chosen = pruner.select(scores.masked_fill(~of.present[:, None], -math.inf), budget)
+    return k, v, chosen
+
+
+@pytest.mark.parametrize("name", sorted(PRUNERS))
+@pytest.mark.parametrize("budget", [0.25, 0.5, 1.0, 3])
+def test_budgets_are_kept(name, budget):
+    pruner = pruner_of(name, {})
+    given = meta(features=mels(2)) if name in ("chunk_vad", "token_saliency") else meta()
+    k, _, chosen = kept(pruner, given, budget)
+    count = (chosen >= 0).sum(-1)
+    if name == "head_l1":
+        heads = (count > 0).sum(-1)
+        assert (heads == min(2, math.ceil(2 * budget) if isinstance(budget, float) else budget)).all()
+        assert set(count.flatten().tolist()) <= {0, 20, 12}
+        return
+    expected = [math.ceil(n * budget) if isinstance(budget, float) else min(n, budget) for n in (20, 12)]
+    assert count.tolist() == [[n] * HEADS for n in expected]
+    ascending = chosen.masked_fill(chosen < 0, 99)
+    assert (ascending.diff(dim=-1)[chosen[..., 1:] >= 0] > 0).all()
+    assert given.present[:, None].expand(-1, HEADS, -1).gather(2, chosen.clamp(min=0))[chosen >= 0].all()
+
+
+def test_random_is_by_seed_and_layer():
+    def drawn(seed, layer):
+        return kept(pruner_of("random", {"seed": seed}), meta(layer=layer), 0.5)[2]
+
+    assert torch.equal(drawn(0, 0), drawn(0, 0))
+    assert not torch.equal(drawn(0, 0), drawn(1, 0)) and not torch.equal(drawn(0, 0), drawn(0, 1))
+
+
+def test_stride_is_even():
+    _, _, chosen = kept(pruner_of("stride", {}), meta([100]), 0.25)
+    gaps = chosen[0, 0].diff()
+    assert gaps.min() >= 2 and gaps.max() <= 7
+
+
+def test_attention_counts_for_those_who_could_see():
+    received = torch.zeros(1, HEADS, 20)
+    received[0, 0, 4], received[0, 0, 9], received[0, 1, 7] = 6.0, 5.0, 1.0
+    seen = torch.full((1, 20), 10.0)
+    seen[0, 9] = 2.0
+    _, _, chosen = kept(pruner_of("token_attn_recency", {"recency": 0.0}), meta([20], seen=seen), 1, received)
+    assert chosen[0, :, 0].tolist() == [9, 7]
+    _, _, late = kept(pruner_of("token_attn_recency", {"recency": 1.0}), meta([20]), 2, received)
+    assert late[0].tolist() == [[18, 19]] * 2
+
+
+def test_head_l1_keeps_the_heads_that_look():
+    received = torch.ones(1, HEADS, 20)
+    received[0, 1] = 2.0
+    _, _, chosen = kept(pruner_of("head_l1", {}), meta([20]), 0.5, received)
+    assert chosen[0, 1].tolist() == list(range(20)) and (chosen[0, 0] == -1).all()
+
+
+class TestOfMerging:
+    def alike(self):
+        """Four groups of five equal tokens."""
+        return torch.randn(4, WIDTH, generator=torch.Generator().manual_seed(3)).repeat_interleave(5, 0)[None]
+
+    def test_the_alike_become_one(self):
+        given = meta([20], embeddings=self.alike())
+        k, v, chosen = kept(Merge(), given, 4)
+        assert chosen[0].tolist() == [[0, 5, 10, 15]] * HEADS
+        made = Merge().apply(k, v, chosen)
+        assert torch.allclose(made.keys, k.view(1, HEADS, 4, 5, DIM).mean(3), atol=1e-6)
+        assert torch.allclose(made.values, v.view(1, HEADS, 4, 5, DIM).mean(3), atol=1e-6)
+        assert (made.counts == 5).all()
+
+    def test_clips_stay_apart(self):
+        clip = (torch.arange(20) >= 12).long()[None]
+        _, _, chosen = kept(Merge(), meta([20], clip=clip, embeddings=torch.zeros(1, 20, WIDTH)), 2)
+        assert chosen[0, 0].tolist() == [0, 12]
+
+    def test_all_kept_is_unchanged(self):
+        k, v, chosen = kept(Merge(), meta([20, 20]), 1.0)
+        made = Merge().apply(k, v, chosen)
+        there = chosen >= 0
+        assert torch.equal(made.keys[there], k[there]) and (made.counts == 1).all()
+
+    def test_rows_of_their_own(self):
+        both, alone = kept(Merge(), meta([20, 12]), 0.5)[2], kept(Merge(), meta([20]), 0.5)[2]
+        assert torch.equal(both[:1], alone)
+
+    def test_close_to_the_best_partition(self):
+        """Against the exact best cut into groups, found by dynamic programming."""
+        looks = torch.randn(1, 24, WIDTH, generator=torch.Generator().manual_seed(5)).cumsum(1)
+        _, _, chosen = kept(Merge(), meta([24], embeddings=looks), 8)
+
+        def loss(start, end):
+            group = looks[0, start:end]
+            return (group - group.mean(0)).square().sum().item()
+
+        best = [[math.inf] * 9 for _ in range(25)]
+        best[0][0] = 0.0
+        for end in range(1, 25):
+            for groups in range(1, 9):
+                best[end][groups] = min(best[start][groups - 1] + loss(start, end) for start in range(end))
+        edges = [*chosen[0, 0].tolist(), 24]
+        ours = sum(loss(a, b) for a, b in zip(edges, edges[1:]))
+        even = sum(loss(a, a + 3) for a in range(0, 24, 3))
+        assert best[24][8] <= ours + 1e-6 and ours < 1.35 * best[24][8] and ours < even
+
+
+class TestOfSilence:
+    def speech(self):
+        """Two clips of 2 s: loud noise for the first half, then silence; the second is loud to its end."""
+        features = 0.05 * mels(2)
+        features[0, :, :100] += 2 + mels(1, seed=7)[0, :, :100]
+        features[1] += 2 + mels(1, seed=8)[0]
+        features[1, :, ::40] -= 2.5
+        return features
+
+    def test_tokens_of_silence(self):
+        present = torch.ones(2, 50, dtype=torch.bool)
+        silent = silent_tokens(self.speech(), torch.zeros(2, 50, dtype=torch.int64), present)
+        assert silent[0, 27:].all() and not silent[0, :24].any() and not silent[1].any()
+
+    def test_two_clips_of_a_row(self):
+        clip = (torch.arange(100) >= 50).long()[None]
+        silent = silent_tokens(self.speech(), clip, torch.ones(1, 100, dtype=torch.bool))
+        assert silent[0, 27:50].all() and not silent[0, 50:].any()
+
+    def test_windows_of_one_clip(self):
+        silent = silent_tokens(self.speech(), torch.zeros(1, 100, dtype=torch.int64), torch.ones(1, 100, dtype=torch.bool))
+        assert silent[0, 27:50].all() and not silent[0, 50:].any()
+
+    def test_cannot_be_told(self):
+        present = torch.ones(1, 51, dtype=torch.bool)
+        assert silent_tokens(None, torch.zeros(1, 51, dtype=torch.int64), present) is None
+        assert silent_tokens(self.speech(), torch.zeros(1, 51, dtype=torch.int64), present) is None
+        with pytest.raises(ValueError, match="choose another pruner"):
+            kept(pruner_of("chunk_vad", {}), meta(), 0.5)
+
+    @pytest.mark.parametrize("name", ["chunk_vad", "token_saliency"])
+    def test_silence_goes_first(self, name):
+        settings = {"saliency": 0.9} if name == "token_saliency" else {}
+        given = meta([50, 50], features=self.speech())
+        _, _, chosen = kept(pruner_of(name, settings), given, 0.5)
+        assert (chosen[0] < 28).all()
+
+
+class TestOfTheHead:
+    @pytest.fixture(scope="class")
+    def trained(self):
+        model, inputs = make("qwen2_audio")
+        features = TestOfSilence().speech()
+        given = {
+            "input_ids": torch.tensor([[1, 9] + [7] * 50 + [30, 31]] * 2), "input_features": features,
+            "feature_attention_mask": lengths(200, 200),
+        }  # fmt: skip
+        return model, given, *train(model, [given], steps=200)
+
+    def test_it_learns(self, trained):
+        *_, right = trained
+        assert right >= 0.8
+
+    def test_saved_and_used(self, trained, tmp_path):
+        model, given, head, _ = trained
+        head.save(tmp_path / "head.safetensors")
+        with torch.no_grad(), prune.apply(model, "token_saliency", budget=20, head=tmp_path / "head.safetensors", saliency=1.0):
+            model(**given)
+            assert prune.stats(model).kept[0] == (20.0, 20.0)
+        again = SaliencyHead.load(tmp_path / "head.safetensors")
+        looks = torch.randn(3, head.width)
+        assert torch.equal(again(looks), head(looks))
+
+    def test_same_seed_same_bits(self, trained):
+        model, given, head, _ = trained
+        again, _ = train(model, [given], steps=200)
+        assert all(torch.equal(a, b) for a, b in zip(head.parameters(), again.parameters(), strict=True))
+
+    def test_bad_files(self, tmp_path):
+        (tmp_path / "no.safetensors").write_bytes(b"what is this")
+        with pytest.raises(ValueError, match="no saliency head"):
+            prune.apply(make("qwen2_audio")[0], "token_saliency", head=tmp_path / "no.safetensors")
+        with pytest.raises(FileNotFoundError):
+            pruner_of("token_saliency", {"head": tmp_path / "none"})
+        with pytest.raises(TypeError, match="a file or a function"):
+            pruner_of("token_saliency", {"head": 3})
+        with pytest.raises(ValueError, match="have 12"):
+            kept(pruner_of("token_saliency", {"head": SaliencyHead(9)}), meta(), 0.5)
+
+    def test_nothing_to_learn(self):
+        model, inputs = make("qwen2_audio")
+        with pytest.raises(ValueError, match="must hold audio"):
+            train(model, [])
+        flat = {**inputs, "input_features": torch.zeros_like(inputs["input_features"])}
+        with pytest.raises(ValueError, match="speech and silence"):
+            train(model, [flat])
+
+
+def test_places():
+    chosen = torch.tensor([[True, False, True], [False, False, True], [False, False, False]])
+    assert places(chosen).tolist() == [[0, 2], [2, -1], [-1, -1]]
+    assert kept_of(torch.tensor([0, 1, 10]), 0.3).tolist() == [0, 1, 3]
+    with pytest.raises(NotImplementedError, match="score"):
+        BasePruner().score(None, None, None, None)
