@@ -7,7 +7,9 @@ from importlib.metadata import EntryPoint
 
 import pytest
 import torch
-from speech_models import AUDIO, KV_HEADS, LAYERS, MELS, MODELS, TEXT, VOCABULARY, lengths, make, mels, prompt
+from speech_models import (
+    AUDIO, KV_HEADS, LAYERS, MELS, MODELS, TEXT, VOCABULARY, layers_read, lengths, make, mels, prompt,
+)  # fmt: skip
 from transformers import AttentionInterface, LlamaConfig, LlamaForCausalLM
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
@@ -63,7 +65,8 @@ def masked(model, inputs, pruner, beams=1, **options):
     index = places(audio)
     attention = {}
     rows = audio.shape[0]
-    for layer in range(LAYERS):
+    read = layers_read(model)
+    for layer in set(read) - {None}:
         keeps = pruner.keeps(layer, rows, KV_HEADS, index.shape[1])
         keep = ~audio[:, None].expand(-1, KV_HEADS, -1).clone()
         for row in range(rows):
@@ -76,8 +79,9 @@ def masked(model, inputs, pruner, beams=1, **options):
         logits = query @ key.repeat_interleave(groups, 1).mT * scaling
         if attention_mask is not None:
             logits = logits + attention_mask[..., : logits.shape[-1]]
-        if key.shape[2] > tokens and getattr(module, "layer_idx", None) is not None:
-            keep = attention[module.layer_idx].repeat_interleave(groups, 1)
+        layer = read[module.layer_idx]
+        if layer is not None and key.shape[2] > tokens:
+            keep = attention[layer].repeat_interleave(groups, 1)
             logits[..., :tokens] = logits[..., :tokens].masked_fill(~keep[:, :, None], torch.finfo(logits.dtype).min)
         weights = logits.softmax(-1, dtype=torch.float32).to(query.dtype)
         return (weights @ value.repeat_interleave(groups, 1)).transpose(1, 2).contiguous(), weights
