@@ -104,7 +104,7 @@ def qwen3_asr():
     audio = dict(model_type="qwen3_asr_encoder", d_model=32, encoder_layers=1, encoder_attention_heads=2, encoder_ffn_dim=64,
                  num_mel_bins=MELS, downsample_hidden_size=8, output_dim=64)  # fmt: skip
     config = T.Qwen3ASRConfig(audio_config=audio, text_config=dict(model_type="qwen3", head_dim=16, **TEXT),
-                              audio_token_id=AUDIO, pad_token_id=0, eos_token_id=2)  # fmt: skip
+                              audio_token_id=AUDIO, pad_token_id=0, eos_token_id=2, tie_word_embeddings=False)  # fmt: skip
     given = {"input_features": mels(2), "input_features_mask": lengths(200, 120)}
     return T.Qwen3ASRForConditionalGeneration(config), {**prompt([26, 16]), **given}
 
@@ -159,7 +159,7 @@ def gemma3n():
     text = {**TEXT, "num_hidden_layers": len(types), "layer_types": types, "num_kv_shared_layers": 2, "sliding_window": 8}
     text |= dict(head_dim=16, vocab_size_per_layer_input=180, hidden_size_per_layer_input=16, laurel_rank=8)
     config = T.Gemma3nConfig(audio_config=audio, vision_config=vision, text_config=text, audio_token_id=AUDIO, image_token_id=11,
-                             audio_soft_tokens_per_image=14)  # fmt: skip
+                             audio_soft_tokens_per_image=14, tie_word_embeddings=False)  # fmt: skip
     given = {"input_features": mels(2).mT, "input_features_mask": lengths(200, 120).bool()}
     return T.Gemma3nForConditionalGeneration(config), {**prompt([14, 14]), **given}
 

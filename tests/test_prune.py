@@ -123,7 +123,7 @@ class TestOfEveryFamily:
             pruned = model.generate(**inputs, **GREEDY, num_beams=beams)
         assert furthest(expected, pruned) < 1e-4
         full = model.generate(**inputs, **GREEDY, num_beams=beams)
-        assert not torch.equal(full.sequences, pruned.sequences)  # it did drop something
+        assert (full.scores[1] - pruned.scores[1]).abs().max() > 0.1  # it did drop something
 
 
 def layers_of(output):

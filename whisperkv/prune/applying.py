@@ -113,7 +113,7 @@ class Pruning:
                 visible = None if bool(visible.all()) else visible
         if audio is not None and bool(audio[:, -1].any()):
             raise ValueError("the prompt ends inside its audio: nothing after it asks for a text")
-        run = Run(self.pruner, audio, visible)
+        run = Run(self.family, self.pruner, audio, visible)
         run.embedded = tokens is None
         run.asks_attentions = bool(kwargs.get("output_attentions"))
         run.start()
@@ -124,7 +124,7 @@ class Pruning:
     def _before_language_model(self, language_model, args, kwargs):
         run = running()
         if run is None:
-            run = Run(self.pruner, None, None)
+            run = Run(self.family, self.pruner, None, None)
             run.start()
         name = "cache" if "cache" in kwargs else OLD_CACHE  # transformers is about to change it
         cache = kwargs.get(name)
@@ -144,7 +144,7 @@ class Pruning:
         for number, layer in enumerate(cache.layers):
             if isinstance(layer, PrunedLayer):
                 if layer.logical == 0:  # it has been reset
-                    cache.layers[number] = type(DynamicCache(config=language_model.config).layers[number])()
+                    cache.layers[number] = DynamicCache(config=language_model.config).layers[number]
                 else:
                     pruned.append(layer)
         run.enter(cache, pruned)

@@ -94,7 +94,9 @@ def prune(run, family, language_model, budget, prompts):
     prompt = Prompt(run, family.rate, len(cache.layers))
     counts, held, full = [], 0, 0
     for number, layer in enumerate(cache.layers):
-        if not isinstance(layer, DynamicLayer | PrunedLayer) or layer.is_sliding or not family.prunes(language_model, number):
+        if not isinstance(layer, DynamicLayer | PrunedLayer) or not family.prunes(language_model, number):
+            continue
+        if layer.is_sliding and layer.keys.shape[2] < layer.get_seq_length():  # a text longer than any that it can read
             continue
         is_new = isinstance(layer, DynamicLayer)
         keys, values = (layer.keys, layer.values) if is_new else layer.passed
