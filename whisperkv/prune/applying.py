@@ -5,7 +5,7 @@ import weakref
 import torch
 from transformers import DynamicCache
 
-from ..compat import OLD_CACHE
+from ..compat import CACHE, OLD_CACHE
 from . import attention, prompt
 from .base import check_budget
 from .families import family_of
@@ -59,9 +59,14 @@ def _of(model):
         return None
 
 
-def _hears(given):
+def _hears(tokens, given):
     """Whether a pass brings audio. Without, the token that stands for it is one that the model has written itself."""
-    return any("features" in name and value is not None for name, value in given.items())
+    if tokens.shape[1] == 1:  # Phi-4 is given the features again with each token that it has written
+        return False
+    cache = given.get("cache", given.get(OLD_CACHE))
+    if cache is None or cache.get_seq_length() == 0:
+        return True
+    return any("features" in name and "mask" not in name and value is not None for name, value in given.items())
 
 
 class Pruning:
@@ -80,6 +85,9 @@ class Pruning:
             self.language_model.register_forward_pre_hook(self._before_language_model, with_kwargs=True),
             self.language_model.register_forward_hook(self._after_language_model, with_kwargs=True),
         )
+        embedder = family.embedder(self.language_model)
+        if embedder is not None:
+            hooks += (embedder.register_forward_hook(self._after_embedder),)
         self._hooks = hooks
 
     def __enter__(self):
@@ -107,7 +115,7 @@ class Pruning:
         audio = visible = None
         if tokens is not None:
             found = tokens == self.audio_token
-            audio = found if _hears(kwargs) and bool(found.any()) else None
+            audio = found if _hears(tokens, kwargs) and bool(found.any()) else None
             if isinstance(mask, torch.Tensor) and mask.dim() == 2:
                 visible = mask[:, -tokens.shape[1] :].bool()
                 visible = None if bool(visible.all()) else visible
@@ -126,7 +134,7 @@ class Pruning:
         if run is None:
             run = Run(self.family, self.pruner, None, None)
             run.start()
-        name = "cache" if "cache" in kwargs else OLD_CACHE  # transformers is about to change it
+        name = next((name for name in ("cache", OLD_CACHE) if name in kwargs), CACHE)  # transformers is about to change it
         cache = kwargs.get(name)
         embeddings = kwargs.get("inputs_embeds")
         if run.audio is not None and embeddings is not None:
@@ -136,7 +144,8 @@ class Pruning:
         if run.audio is None and (cache is None or cache.get_seq_length() == 0):
             self._hear_nothing(run)
         if cache is None:
-            if run.audio is None or kwargs.get("use_cache") is False:
+            uses_cache = kwargs.get("use_cache")
+            if run.audio is None or not (language_model.config.use_cache if uses_cache is None else uses_cache):
                 return None
             cache = DynamicCache(config=language_model.config)
             kwargs = {**kwargs, name: cache}
@@ -149,6 +158,11 @@ class Pruning:
                     pruned.append(layer)
         run.enter(cache, pruned)
         return args, kwargs
+
+    def _after_embedder(self, embedder, args, embeddings):
+        run = running()
+        if run is not None and run.audio is not None:
+            run.embeddings = embeddings
 
     def _hear_nothing(self, run):
         if run.embedded:

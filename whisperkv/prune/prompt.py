@@ -114,6 +114,8 @@ def prune(run, family, language_model, budget, prompts):
         counts.append(tuple((chosen >= 0).sum(-1).double().mean(0).tolist()))
         held += layer.bytes()
         full += layer.bytes_full()
+    if not counts:
+        return PruneStats(note="not pruned: no layer of the model looks at all tokens", prompts=prompts - 1)
     return PruneStats(
         rows=prompt.audio.shape[0],
         tokens=int(prompt.visible.sum(-1).max()),

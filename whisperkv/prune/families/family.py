@@ -14,8 +14,8 @@ class Family:
     rate: float = 0.0
 
     def whole(self, model):
-        """The model whose forward takes the prompt."""
-        return model
+        """The model whose forward takes the prompt, out of a PEFT model around it."""
+        return model.get_base_model() if hasattr(model, "get_base_model") else model
 
     def embedder(self, language_model):
         """The module that gives the embeddings of a prompt, audio among them; None if the language model is given them."""
