@@ -131,7 +131,9 @@ def phi4_multimodal():
     config = T.Phi4MultimodalConfig(audio_config=audio, vision_config=vision, sliding_window=4096, **TEXT)
     given = {"audio_input_features": mels(2).mT, "audio_attention_mask": lengths(200, 120).bool(),
              "audio_embed_sizes": torch.tensor([25, 15])}  # fmt: skip
-    return T.Phi4MultimodalForCausalLM(config), {**prompt([25, 15]), **given}
+    model = T.Phi4MultimodalForCausalLM(config)
+    model.generation_config.suppress_tokens = [AUDIO]  # it would stumble over its own
+    return model, {**prompt([25, 15]), **given}
 
 
 def _blind(kind):
@@ -159,9 +161,9 @@ def gemma3n():
     text = {**TEXT, "num_hidden_layers": len(types), "layer_types": types, "num_kv_shared_layers": 2, "sliding_window": 8}
     text |= dict(head_dim=16, vocab_size_per_layer_input=180, hidden_size_per_layer_input=16, laurel_rank=8)
     config = T.Gemma3nConfig(audio_config=audio, vision_config=vision, text_config=text, audio_token_id=AUDIO, image_token_id=11,
-                             audio_soft_tokens_per_image=14, tie_word_embeddings=False)  # fmt: skip
+                             audio_soft_tokens_per_image=13, tie_word_embeddings=False)  # fmt: skip
     given = {"input_features": mels(2).mT, "input_features_mask": lengths(200, 120).bool()}
-    return T.Gemma3nForConditionalGeneration(config), {**prompt([14, 14]), **given}
+    return T.Gemma3nForConditionalGeneration(config), {**prompt([13, 13]), **given}
 
 
 class Listening(T.PreTrainedConfig):
@@ -264,9 +266,13 @@ def make(name):
     return model.eval(), inputs
 
 
+def language_model(model):
+    return next(module for module in model.modules() if hasattr(module, "embed_tokens"))
+
+
 def layers_read(model):
     """Of each layer of the language model: the one whose keys it reads, if that one sees all tokens, or None."""
-    config = model.get_decoder().config
+    config = language_model(model).config
     types = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
     own = config.num_hidden_layers - getattr(config, "num_kv_shared_layers", 0)
     return [
