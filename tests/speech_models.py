@@ -188,7 +188,7 @@ class ListeningLlama(T.PreTrainedModel, T.GenerationMixin):
     def __init__(self, config):
         super().__init__(config)
         self.audio_tower = WhisperEncoder(config.audio)
-        self.language_model = T.LlamaForCausalLM(config.text)
+        self.language_model = T.AutoModelForCausalLM.from_config(config.text)
 
     def get_input_embeddings(self):
         return self.language_model.get_input_embeddings()

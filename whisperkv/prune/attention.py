@@ -35,6 +35,8 @@ def uninstall(config):
 def attend(own, module, query, key, value, attention_mask, scaling=None, **others):
     run = running()
     layer = None if run is None else _layer_of(run, module)
+    if layer is not None and any(others.get(name) is not None for name in ("softcap", "s_aux")):
+        run.is_special = True
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     if isinstance(layer, PrunedLayer):
         output = ragged_attention(query, layer, scale)

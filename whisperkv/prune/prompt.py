@@ -12,6 +12,8 @@ def why_not(cache, run):
     """Why a prompt cannot be pruned; "" if it can."""
     if run.asks_attentions:
         return "not pruned: attentions were asked for, and those of a pruned cache have no place for what was dropped"
+    if run.is_special:
+        return "not pruned: the model's attention caps its logits or has sinks, as that over a pruned cache does not"
     if torch.is_grad_enabled() and run.embeddings is not None and run.embeddings.requires_grad:
         return "not pruned: gradients are on, and none pass through a pruned cache (use torch.no_grad())"
     kinds = {type(layer).__name__ for layer in cache.layers} | {type(cache).__name__}

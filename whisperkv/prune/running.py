@@ -21,6 +21,7 @@ class Run:
         self.visible = visible  # bool [rows, tokens], or None if all are
         self.embedded = True  # whether the model was given embeddings instead of tokens
         self.asks_attentions = False
+        self.is_special = False  # whether its attention is of a kind that ours is not
         self.note = ""
         self.cache = None
         self.embeddings = None  # [rows, tokens, width]
