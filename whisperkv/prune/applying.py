@@ -5,7 +5,7 @@ import weakref
 import torch
 from transformers import DynamicCache
 
-from ..compat import OLD_CACHE
+from ..compat import CACHE, OLD_CACHE
 from . import attention, prompt
 from .base import check_budget
 from .families import family_of
@@ -60,8 +60,17 @@ def _of(model):
 
 
 def _features(given):
-    """What a pass brings of audio. Without, the token that stands for it is one that the model has written itself."""
-    return next((value for name, value in given.items() if "features" in name and value is not None), None)
+    """What a pass brings of audio, as the model is given it."""
+    names = (name for name, value in given.items() if "features" in name and "mask" not in name and value is not None)
+    return given.get(next(names, None))
+
+
+def _hears(tokens, given):
+    """Whether a pass brings audio. Without, the token that stands for it is one that the model has written itself."""
+    if tokens.shape[1] == 1:  # Phi-4 is given the features again with each token that it has written
+        return False
+    cache = given.get("cache", given.get(OLD_CACHE))
+    return cache is None or cache.get_seq_length() == 0 or _features(given) is not None
 
 
 class Pruning:
@@ -80,6 +89,9 @@ class Pruning:
             self.language_model.register_forward_pre_hook(self._before_language_model, with_kwargs=True),
             self.language_model.register_forward_hook(self._after_language_model, with_kwargs=True),
         )
+        embedder = family.embedder(self.language_model)
+        if embedder is not None:
+            hooks += (embedder.register_forward_hook(self._after_embedder),)
         self._hooks = hooks
 
     def __enter__(self):
@@ -105,18 +117,17 @@ class Pruning:
         tokens = args[0] if args else kwargs.get("input_ids")
         mask = kwargs.get("attention_mask")
         audio = visible = None
-        features = _features(kwargs)
         if tokens is not None:
             found = tokens == self.audio_token
-            audio = found if features is not None and bool(found.any()) else None
+            audio = found if _hears(tokens, kwargs) and bool(found.any()) else None
             if isinstance(mask, torch.Tensor) and mask.dim() == 2:
                 visible = mask[:, -tokens.shape[1] :].bool()
                 visible = None if bool(visible.all()) else visible
         if audio is not None and bool(audio[:, -1].any()):
             raise ValueError("the prompt ends inside its audio: nothing after it asks for a text")
-        run = Run(self.pruner, audio, visible)
+        run = Run(self.family, self.pruner, audio, visible)
         run.embedded = tokens is None
-        run.features = features if isinstance(features, torch.Tensor) and audio is not None else None
+        run.features = None if audio is None else _features(kwargs)
         run.asks_attentions = bool(kwargs.get("output_attentions"))
         run.start()
 
@@ -126,9 +137,9 @@ class Pruning:
     def _before_language_model(self, language_model, args, kwargs):
         run = running()
         if run is None:
-            run = Run(self.pruner, None, None)
+            run = Run(self.family, self.pruner, None, None)
             run.start()
-        name = "cache" if "cache" in kwargs else OLD_CACHE  # transformers is about to change it
+        name = next((name for name in ("cache", OLD_CACHE) if name in kwargs), CACHE)  # transformers is about to change it
         cache = kwargs.get(name)
         embeddings = kwargs.get("inputs_embeds")
         if run.audio is not None and embeddings is not None:
@@ -138,7 +149,8 @@ class Pruning:
         if run.audio is None and (cache is None or cache.get_seq_length() == 0):
             self._hear_nothing(run)
         if cache is None:
-            if run.audio is None or kwargs.get("use_cache") is False:
+            uses_cache = kwargs.get("use_cache")
+            if run.audio is None or not (language_model.config.use_cache if uses_cache is None else uses_cache):
                 return None
             cache = DynamicCache(config=language_model.config)
             kwargs = {**kwargs, name: cache}
@@ -146,11 +158,16 @@ class Pruning:
         for number, layer in enumerate(cache.layers):
             if isinstance(layer, PrunedLayer):
                 if layer.logical == 0:  # it has been reset
-                    cache.layers[number] = type(DynamicCache(config=language_model.config).layers[number])()
+                    cache.layers[number] = DynamicCache(config=language_model.config).layers[number]
                 else:
                     pruned.append(layer)
         run.enter(cache, pruned)
         return args, kwargs
+
+    def _after_embedder(self, embedder, args, embeddings):
+        run = running()
+        if run is not None and run.audio is not None:
+            run.embeddings = embeddings
 
     def _hear_nothing(self, run):
         if run.embedded:

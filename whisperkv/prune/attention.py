@@ -35,26 +35,24 @@ def uninstall(config):
 def attend(own, module, query, key, value, attention_mask, scaling=None, **others):
     run = running()
     layer = None if run is None else _layer_of(run, module)
+    if layer is not None and any(others.get(name) is not None for name in ("softcap", "s_aux")):
+        run.is_special = True
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     if isinstance(layer, PrunedLayer):
         output = ragged_attention(query, layer, scale)
         if run.collects:
-            run.received[module.layer_idx] = attention_received(query, run, key, scale)
+            run.receive(module, attention_received(query, run, key, scale))
         return output, None
     if run is not None and run.collects and layer is not None:
-        run.received[module.layer_idx] = attention_received(query, run, key, scale)
+        run.receive(module, attention_received(query, run, key, scale))
     function = ALL_ATTENTION_FUNCTIONS.get(own) or sys.modules[type(module).__module__].eager_attention_forward
     return function(module, query, key, value, attention_mask, scaling=scaling, **others)
 
 
 def _layer_of(run, module):
     """The layer of the cache that a module reads; None if it is none of the language model's."""
-    if run.cache is None:
-        return None
-    index = getattr(module, "layer_idx", None)
-    if getattr(module, "is_kv_shared_layer", False):  # Gemma 3n: the last layers read those of earlier ones
-        index = module.kv_shared_layer_index
-    return run.cache.layers[index] if index is not None and index < len(run.cache.layers) else None
+    number = None if run.cache is None else run.family.reads(module)
+    return run.cache.layers[number] if number is not None and number < len(run.cache.layers) else None
 
 
 def ragged_attention(query, layer, scale):

@@ -12,6 +12,8 @@ def why_not(cache, run):
     """Why a prompt cannot be pruned; "" if it can."""
     if run.asks_attentions:
         return "not pruned: attentions were asked for, and those of a pruned cache have no place for what was dropped"
+    if run.is_special:
+        return "not pruned: the model's attention caps its logits or has sinks, as that over a pruned cache does not"
     if torch.is_grad_enabled() and run.embeddings is not None and run.embeddings.requires_grad:
         return "not pruned: gradients are on, and none pass through a pruned cache (use torch.no_grad())"
     kinds = {type(layer).__name__ for layer in cache.layers} | {type(cache).__name__}
@@ -119,7 +121,9 @@ def prune(run, family, language_model, budget, prompts):
     prompt = Prompt(run, family.rate, len(cache.layers))
     counts, held, full = [], 0, 0
     for number, layer in enumerate(cache.layers):
-        if not isinstance(layer, DynamicLayer | PrunedLayer) or layer.is_sliding or not family.prunes(language_model, number):
+        if not isinstance(layer, DynamicLayer | PrunedLayer) or not family.prunes(language_model, number):
+            continue
+        if layer.is_sliding and layer.keys.shape[2] < layer.get_seq_length():  # a text longer than any that it can read
             continue
         is_new = isinstance(layer, DynamicLayer)
         keys, values = (layer.keys, layer.values) if is_new else layer.passed
@@ -137,6 +141,8 @@ def prune(run, family, language_model, budget, prompts):
         counts.append(tuple((chosen >= 0).sum(-1).double().mean(0).tolist()))
         held += layer.bytes()
         full += layer.bytes_full()
+    if not counts:
+        return PruneStats(note="not pruned: no layer of the model looks at all tokens", prompts=prompts - 1)
     return PruneStats(
         rows=prompt.audio.shape[0],
         tokens=int(prompt.visible.sum(-1).max()),

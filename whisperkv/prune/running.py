@@ -15,17 +15,18 @@ def running():
 class Run:
     """One pass of a language model, from the model's own forward to its end."""
 
-    def __init__(self, pruner, audio, visible):
-        self.pruner = pruner
+    def __init__(self, family, pruner, audio, visible):
+        self.family, self.pruner = family, pruner
         self.audio = audio  # bool [rows, tokens], or None where no token is audio
         self.visible = visible  # bool [rows, tokens], or None if all are
         self.embedded = True  # whether the model was given embeddings instead of tokens
         self.asks_attentions = False
+        self.is_special = False  # whether its attention is of a kind that ours is not
         self.note = ""
         self.cache = None
         self.features = None  # what the audio encoder is given
         self.embeddings = None  # [rows, tokens, width]
-        self.received = {}  # of a layer's number: attention that its tokens have received
+        self.received = {}  # of a layer's number: attention that its tokens have received from all that read them
         self.queries = None  # whose attention is added up
         self._pruned = frozenset()
 
@@ -51,6 +52,11 @@ class Run:
     @property
     def collects(self):
         return self.audio is not None and self.pruner.needs_attention
+
+    def receive(self, module, attention):
+        number = self.family.reads(module)
+        before = self.received.get(number)
+        self.received[number] = attention if before is None else before + attention
 
     def choose_queries(self):
         """The places of the queries whose attention is added up: some of the audio's, and all of the text after it."""

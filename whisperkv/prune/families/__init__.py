@@ -10,11 +10,11 @@ from .phi4_multimodal import PHI4_MULTIMODAL
 from .qwen2_audio import QWEN2_AUDIO
 from .qwen3_asr import QWEN3_ASR
 from .voxtral import VOXTRAL
-from .whisper_llm import WHISPER_LLM
+from .whisper_llm import SALMONN, WHISPER_LLM
 
 FAMILIES = [
     QWEN2_AUDIO, QWEN2_5_OMNI, QWEN3_OMNI, VOXTRAL, GRANITE_SPEECH, AUDIO_FLAMINGO_3, GLM_ASR, QWEN3_ASR, PHI4_MULTIMODAL,
-    GEMMA3N, WHISPER_LLM,
+    GEMMA3N, SALMONN, WHISPER_LLM,
 ]  # fmt: skip
 
 

@@ -14,8 +14,12 @@ class Family:
     rate: float = 0.0
 
     def whole(self, model):
-        """The model whose forward takes the prompt."""
-        return model
+        """The model whose forward takes the prompt, out of a PEFT model around it."""
+        return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+    def embedder(self, language_model):
+        """The module that gives the embeddings of a prompt, audio among them; None if the language model is given them."""
+        return None
 
     def language_model(self, model):
         return model.get_decoder()
@@ -27,10 +31,18 @@ class Family:
     def prunes(self, language_model, layer):
         """Whether that layer may be pruned: it looks at all tokens. Others (sliding windows, states) stay as they are."""
         config = language_model.config
-        types = getattr(config, "layer_types", None)
-        if types is not None:
-            return types[layer] == "full_attention"
-        return getattr(config, "sliding_window", None) is None or not getattr(config, "use_sliding_window", True)
+        types, window = getattr(config, "layer_types", None), getattr(config, "sliding_window", None)
+        if types is None:
+            slides = window is not None and getattr(config, "use_sliding_window", True)
+        elif types[layer] in ("full_attention", "sliding_attention"):
+            slides = types[layer] == "sliding_attention"
+        else:
+            return False
+        return not slides or window >= config.max_position_embeddings  # as Phi-4's: none, for any text that it can read
+
+    def reads(self, module):
+        """The number of the layer whose keys a module of attention reads; None if it is none of a language model's."""
+        return getattr(module, "layer_idx", None)
 
     def check(self, prompt, tokens):
         """Raise if the language model is given another number of tokens than the prompt has."""

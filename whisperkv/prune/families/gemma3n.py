@@ -5,8 +5,19 @@ class Gemma3n(Family):
     """Of its layers some look through a window, and the last read what earlier ones have cached."""
 
     def prunes(self, language_model, layer):
-        config = language_model.config
-        return layer < config.num_hidden_layers - config.num_kv_shared_layers and super().prunes(language_model, layer)
+        return layer < _own(language_model.config) and super().prunes(language_model, layer)
+
+    def reads(self, module):
+        number = super().reads(module)
+        if number is None or number < _own(module.config):
+            return number
+        types = module.config.layer_types
+        return max(layer for layer in range(_own(module.config)) if types[layer] == types[number])
+
+
+def _own(config):
+    """How many layers have keys of their own."""
+    return config.num_hidden_layers - config.num_kv_shared_layers
 
 
 GEMMA3N = Gemma3n(names=("gemma3n",), rate=6.25)

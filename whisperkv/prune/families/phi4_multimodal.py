@@ -7,6 +7,9 @@ class Phi4Multimodal(Family):
     def language_model(self, model):
         return model.model
 
+    def embedder(self, language_model):
+        return language_model.embed_tokens_extend
+
     def audio_token(self, model):
         return model.config.audio_config.audio_token_id
 
