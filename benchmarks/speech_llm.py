@@ -22,6 +22,7 @@ from transformers import GenerationConfig, LlamaConfig
 from whisper_llm import WhisperLLM, WhisperLLMConfig
 
 import whisperkv
+from whisperkv import compat
 
 CACHE = Path.home() / ".cache" / "whisperkv" / "speech-llm"
 TEST = {"count": 200, "seed": 0}
@@ -63,7 +64,6 @@ def untrained(task, encoder):
     )
     model = WhisperLLM(config)
     model.audio_encoder.load_state_dict(encoder.state_dict())
-    model.audio_encoder.requires_grad_(False)
     model.generation_config = GenerationConfig(
         bos_token_id=digits.START, eos_token_id=END, pad_token_id=PAD, suppress_tokens=[digits.AUDIO], max_new_tokens=12
     )
@@ -106,8 +106,7 @@ def loss_of(model, group, random):
     given = [torch.tensor([*row, *label, END]) for row, label in zip(rows, labels)]
     input_ids = torch.nn.utils.rnn.pad_sequence(given, True, PAD)
     text = model(
-        inputs_embeds=model.embed(input_ids, tokens),
-        attention_mask=(input_ids != PAD).long(),
+        inputs_embeds=model.embed(input_ids, tokens),  # padded on the right: the causal mask is enough
         labels=torch.nn.utils.rnn.pad_sequence(said, True, -100),
         use_cache=False,
     ).loss
@@ -170,9 +169,11 @@ def hiding(model, hidden):
 
     def hide(_, args, kwargs):
         if kwargs["inputs_embeds"].shape[1] == 1:
-            mask = kwargs["attention_mask"].clone()
-            mask[:, : hidden.shape[1]] *= ~hidden
-            return args, {**kwargs, "attention_mask": mask}
+            mask = kwargs["attention_mask"]
+            if mask is None:  # nothing is padding
+                mask = hidden.new_ones(len(hidden), kwargs[compat.CACHE].get_seq_length() + 1, dtype=torch.long)
+            shown = torch.nn.functional.pad(~hidden, (0, mask.shape[1] - hidden.shape[1]), value=True)
+            return args, {**kwargs, "attention_mask": mask * shown}
 
     hook = model.language_model.register_forward_pre_hook(hide, with_kwargs=True)
     try:

@@ -53,7 +53,7 @@ class WhisperLLM(PreTrainedModel, GenerationMixin):
     def __init__(self, config):
         super().__init__(config)
         heard, width = config.stack * config.audio_config.d_model, config.text_config.hidden_size
-        self.audio_encoder = WhisperEncoder(config.audio_config)
+        self.audio_encoder = WhisperEncoder(config.audio_config).requires_grad_(False)
         self.projector = nn.Sequential(
             nn.LayerNorm(heard), nn.Linear(heard, 2 * width), nn.GELU(), nn.Linear(2 * width, width)
         )
@@ -106,7 +106,7 @@ class WhisperLLM(PreTrainedModel, GenerationMixin):
     def embed(self, input_ids, audio):
         """input_ids [rows, tokens], audio [audio tokens, width] in the placeholders' stead"""
         is_audio = input_ids == self.config.audio_token_id
-        return self.get_input_embeddings()(input_ids).masked_scatter(is_audio[..., None], audio)
+        return self.get_input_embeddings()(input_ids).masked_scatter(is_audio[..., None], audio.to(self.dtype))
 
     @can_return_tuple
     def forward(
