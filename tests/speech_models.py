@@ -24,8 +24,9 @@ def prompt(audio_tokens, texts=(3, 5, 7), seed=1):
         rows.append(torch.cat([torch.tensor([1, 9]), torch.full((count,), AUDIO), words]))
     most = max(map(len, rows))
     pad = [most - len(row) for row in rows]
+    padded = [torch.cat([torch.zeros(n, dtype=torch.long), row]) for n, row in zip(pad, rows, strict=True)]
     return {
-        "input_ids": torch.stack([torch.cat([torch.zeros(n, dtype=torch.long), row]) for n, row in zip(pad, rows, strict=True)]),
+        "input_ids": torch.stack(padded),
         "attention_mask": torch.stack([(torch.arange(most) >= n).long() for n in pad]),
     }
 
@@ -61,8 +62,9 @@ def qwen2_5_omni():
     vision = dict(depth=1, hidden_size=32, intermediate_size=32, num_heads=2, out_hidden_size=64)
     rope = dict(rope_type="default", rope_theta=1e4, mrope_section=[2, 3, 3])
     config = T.Qwen2_5OmniThinkerConfig(
-        audio_config=audio, vision_config=vision, text_config=dict(**TEXT, rope_parameters=rope), audio_token_index=AUDIO,
-        image_token_index=11, video_token_index=12, audio_start_token_id=9, audio_end_token_id=13, vision_start_token_id=14,
+        audio_config=audio, vision_config=vision, text_config=dict(**TEXT, rope_parameters=rope),
+        audio_token_index=AUDIO, image_token_index=11, video_token_index=12, audio_start_token_id=9, audio_end_token_id=13,
+        vision_start_token_id=14,
     )  # fmt: skip
     given = {"input_features": mels(2), "feature_attention_mask": lengths(200, 120)}
     return T.Qwen2_5OmniThinkerForConditionalGeneration(config), {**prompt([50, 30]), **given}
@@ -80,7 +82,8 @@ def glmasr():
 def audioflamingo3():
     audio = dict(model_type="audioflamingo3_encoder", hidden_size=32, intermediate_size=64, num_hidden_layers=1,
                  num_attention_heads=2, num_mel_bins=MELS, max_source_positions=100)  # fmt: skip
-    config = T.AudioFlamingo3Config(audio_config=audio, text_config=dict(model_type="qwen2", **TEXT), audio_token_id=AUDIO)
+    text = dict(model_type="qwen2", **TEXT)
+    config = T.AudioFlamingo3Config(audio_config=audio, text_config=text, audio_token_id=AUDIO)
     given = {"input_features": mels(2), "input_features_mask": lengths(200, 120)}
     return T.AudioFlamingo3ForConditionalGeneration(config), {**prompt([50, 30]), **given}
 
@@ -88,30 +91,31 @@ def audioflamingo3():
 def qwen3_omni():
     audio = dict(d_model=32, encoder_layers=1, encoder_attention_heads=2, encoder_ffn_dim=64, num_mel_bins=MELS,
                  max_source_positions=100, downsample_hidden_size=8, output_dim=64)  # fmt: skip
-    vision = dict(depth=1, hidden_size=32, intermediate_size=32, num_heads=2, out_hidden_size=64, num_position_embeddings=16,
-                  deepstack_visual_indexes=[0])  # fmt: skip
+    vision = dict(depth=1, hidden_size=32, intermediate_size=32, num_heads=2, out_hidden_size=64,
+                  num_position_embeddings=16, deepstack_visual_indexes=[0])  # fmt: skip
     rope = dict(rope_type="default", rope_theta=1e4, mrope_section=[2, 3, 3])
     experts = dict(moe_intermediate_size=32, num_experts=4, num_experts_per_tok=2)
     config = T.Qwen3OmniMoeThinkerConfig(
-        audio_config=audio, vision_config=vision, text_config=dict(**TEXT, **experts, rope_parameters=rope), audio_token_id=AUDIO,
-        image_token_id=11, video_token_id=12, audio_start_token_id=9, vision_start_token_id=14,
+        audio_config=audio, vision_config=vision, text_config=dict(**TEXT, **experts, rope_parameters=rope),
+        audio_token_id=AUDIO, image_token_id=11, video_token_id=12, audio_start_token_id=9, vision_start_token_id=14,
     )  # fmt: skip
     given = {"input_features": mels(2), "feature_attention_mask": lengths(200, 120)}
     return T.Qwen3OmniMoeThinkerForConditionalGeneration(config), {**prompt([26, 16]), **given}
 
 
 def qwen3_asr():
-    audio = dict(model_type="qwen3_asr_encoder", d_model=32, encoder_layers=1, encoder_attention_heads=2, encoder_ffn_dim=64,
-                 num_mel_bins=MELS, downsample_hidden_size=8, output_dim=64)  # fmt: skip
-    config = T.Qwen3ASRConfig(audio_config=audio, text_config=dict(model_type="qwen3", head_dim=16, **TEXT),
-                              audio_token_id=AUDIO, pad_token_id=0, eos_token_id=2, tie_word_embeddings=False)  # fmt: skip
+    audio = dict(model_type="qwen3_asr_encoder", d_model=32, encoder_layers=1, encoder_attention_heads=2,
+                 encoder_ffn_dim=64, num_mel_bins=MELS, downsample_hidden_size=8, output_dim=64)  # fmt: skip
+    config = T.Qwen3ASRConfig(
+        audio_config=audio, text_config=dict(model_type="qwen3", head_dim=16, **TEXT), audio_token_id=AUDIO, pad_token_id=0,
+        eos_token_id=2, tie_word_embeddings=False)  # fmt: skip
     given = {"input_features": mels(2), "input_features_mask": lengths(200, 120)}
     return T.Qwen3ASRForConditionalGeneration(config), {**prompt([26, 16]), **given}
 
 
 def granite_speech():
-    encoder = dict(model_type="granite_speech_encoder", input_dim=MELS, num_layers=2, hidden_dim=32, num_heads=2, output_dim=8,
-                   context_size=50, max_pos_emb=64)  # fmt: skip
+    encoder = dict(model_type="granite_speech_encoder", input_dim=MELS, num_layers=2, hidden_dim=32, num_heads=2,
+                   output_dim=8, context_size=50, max_pos_emb=64)  # fmt: skip
     projector = dict(model_type="blip_2_qformer", hidden_size=32, encoder_hidden_size=32, intermediate_size=64,
                      num_hidden_layers=2, num_attention_heads=2)  # fmt: skip
     text = dict(model_type="granite", attention_multiplier=0.25, **TEXT)
@@ -126,8 +130,8 @@ def phi4_multimodal():
     audio = dict(hidden_size=32, intermediate_size=64, num_blocks=1, num_attention_heads=2, input_size=MELS,
                  ext_pw_out_channel=32, depthwise_separable_out_channel=32, nemo_conv_channels=8,
                  audio_token_id=AUDIO)  # fmt: skip
-    vision = dict(hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, image_size=56, crop_size=56,
-                  image_token_id=11)  # fmt: skip
+    vision = dict(hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, image_size=56,
+                  crop_size=56, image_token_id=11)  # fmt: skip
     config = T.Phi4MultimodalConfig(audio_config=audio, vision_config=vision, sliding_window=4096, **TEXT)
     given = {"audio_input_features": mels(2).mT, "audio_attention_mask": lengths(200, 120).bool(),
              "audio_embed_sizes": torch.tensor([25, 15])}  # fmt: skip
@@ -154,14 +158,14 @@ def _blind(kind):
 
 
 def gemma3n():
-    audio = dict(hidden_size=32, input_feat_size=MELS, conf_num_attention_heads=2, conf_num_hidden_layers=1, vocab_size=10,
-                 vocab_offset=190, sscp_conv_channel_size=[8, 4])  # fmt: skip
+    audio = dict(hidden_size=32, input_feat_size=MELS, conf_num_attention_heads=2, conf_num_hidden_layers=1,
+                 vocab_size=10, vocab_offset=190, sscp_conv_channel_size=[8, 4])  # fmt: skip
     vision = _blind(T.Gemma3nVisionConfig)(hidden_size=32, vocab_size=10, vocab_offset=180)
     types = ["sliding_attention", "full_attention"] * 3
-    text = {**TEXT, "num_hidden_layers": len(types), "layer_types": types, "num_kv_shared_layers": 2, "sliding_window": 8}
-    text |= dict(head_dim=16, vocab_size_per_layer_input=180, hidden_size_per_layer_input=16, laurel_rank=8)
-    config = T.Gemma3nConfig(audio_config=audio, vision_config=vision, text_config=text, audio_token_id=AUDIO, image_token_id=11,
-                             audio_soft_tokens_per_image=13, tie_word_embeddings=False)  # fmt: skip
+    text = {**TEXT, "num_hidden_layers": len(types), "layer_types": types, "num_kv_shared_layers": 2}
+    text |= dict(sliding_window=8, head_dim=16, vocab_size_per_layer_input=180, hidden_size_per_layer_input=16, laurel_rank=8)
+    config = T.Gemma3nConfig(audio_config=audio, vision_config=vision, text_config=text, audio_token_id=AUDIO,
+                             image_token_id=11, audio_soft_tokens_per_image=13, tie_word_embeddings=False)  # fmt: skip
     given = {"input_features": mels(2).mT, "input_features_mask": lengths(200, 120).bool()}
     return T.Gemma3nForConditionalGeneration(config), {**prompt([13, 13]), **given}
 
@@ -173,8 +177,8 @@ class Listening(T.PreTrainedConfig):
 
     def __init__(self, **given):
         self.audio_token_id = AUDIO
-        self.audio = T.WhisperConfig(d_model=32, encoder_layers=1, encoder_attention_heads=2, encoder_ffn_dim=64, num_mel_bins=MELS,
-                                     max_source_positions=FRAMES // 2)  # fmt: skip
+        self.audio = T.WhisperConfig(d_model=32, encoder_layers=1, encoder_attention_heads=2, encoder_ffn_dim=64,
+                                     num_mel_bins=MELS, max_source_positions=FRAMES // 2)  # fmt: skip
         self.text = T.LlamaConfig(**TEXT)
         super().__init__(**given)
 
@@ -220,7 +224,8 @@ class Salmonn(ListeningLlama):
         super().__init__(config)
         self.queries = torch.nn.Parameter(torch.randn(1, 1, 32))
         self.qformer = T.Blip2QFormerModel(T.Blip2QFormerConfig(
-            hidden_size=32, encoder_hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2))  # fmt: skip
+            hidden_size=32, encoder_hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+            num_attention_heads=2))  # fmt: skip
         self.projector = torch.nn.Linear(32, 64)
         self.post_init()
 

@@ -5,7 +5,9 @@ import types
 import pytest
 import torch
 import transformers as T
-from speech_models import AUDIO, FRAMES, KV_HEADS, LAYERS, MODELS, TEXT, Listening, Stacking, language_model, layers_read, make, prompt
+from speech_models import (
+    AUDIO, FRAMES, KV_HEADS, LAYERS, MODELS, TEXT, Listening, Stacking, language_model, layers_read, make, prompt,
+)  # fmt: skip
 from test_prune import GREEDY, Drawn, furthest, masked
 from transformers import DynamicCache
 
@@ -76,7 +78,8 @@ class TestOfOmni:
         else:
             model = T.Qwen2_5OmniForConditionalGeneration(T.Qwen2_5OmniConfig(
                 thinker_config=thinker.config.to_dict(), enable_audio_output=False))  # fmt: skip
-            model.speaker_map, model.talker = {"Chelsie": {}}, types.SimpleNamespace(codec_pad_token=0)  # it asks for these
+            model.speaker_map = {"Chelsie": {}}  # it asks for these
+            model.talker = types.SimpleNamespace(codec_pad_token=0)
         model.thinker = thinker
         return model.eval(), inputs
 
@@ -182,8 +185,8 @@ class TestOfBadInput:
 
     def test_what_is_no_speech_llm(self):
         whisper = T.WhisperForConditionalGeneration(T.WhisperConfig(
-            d_model=32, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2, decoder_attention_heads=2, vocab_size=60,
-            pad_token_id=0, decoder_start_token_id=1))  # fmt: skip
+            d_model=32, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2, decoder_attention_heads=2,
+            vocab_size=60, pad_token_id=0, decoder_start_token_id=1))  # fmt: skip
         encoder = next(part for part in make("qwen2_audio")[0].modules() if type(part).__name__ == "Qwen2AudioEncoder")
         for model in (whisper, whisper.model.encoder, encoder, T.LlamaForCausalLM(T.LlamaConfig(**TEXT))):
             with pytest.raises(TypeError) as raised:

@@ -139,7 +139,7 @@ class Pruning:
         if run is None:
             run = Run(self.family, self.pruner, None, None)
             run.start()
-        name = next((name for name in ("cache", OLD_CACHE) if name in kwargs), CACHE)  # transformers is about to change it
+        name = next((name for name in ("cache", OLD_CACHE) if name in kwargs), CACHE)
         cache = kwargs.get(name)
         embeddings = kwargs.get("inputs_embeds")
         if run.audio is not None and embeddings is not None:

@@ -18,7 +18,7 @@ class Family:
         return model.get_base_model() if hasattr(model, "get_base_model") else model
 
     def embedder(self, language_model):
-        """The module that gives the embeddings of a prompt, audio among them; None if the language model is given them."""
+        """The module that embeds a prompt, audio included; None if the language model is given the embeddings."""
         return None
 
     def language_model(self, model):
@@ -29,7 +29,7 @@ class Family:
         return model.config.audio_token_id
 
     def prunes(self, language_model, layer):
-        """Whether that layer may be pruned: it looks at all tokens. Others (sliding windows, states) stay as they are."""
+        """Whether that layer may be pruned: it looks at all tokens. Others (windows, states) stay as they are."""
         config = language_model.config
         types, window = getattr(config, "layer_types", None), getattr(config, "sliding_window", None)
         if types is None:
@@ -48,6 +48,7 @@ class Family:
         """Raise if the language model is given another number of tokens than the prompt has."""
         if prompt != tokens:
             raise ValueError(
-                f"the prompt has {prompt} tokens and the language model was given {tokens}: its audio stands as one token "
-                "for each clip, from a processor before transformers 4.48. Let the processor of this version write the prompt"
+                f"the prompt has {prompt} tokens and the language model was given {tokens}: its audio stands as one "
+                "token for each clip, from a processor before transformers 4.48. Let the processor of this version write "
+                "the prompt"
             )

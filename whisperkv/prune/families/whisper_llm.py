@@ -1,4 +1,4 @@
-"""Encoder, something that makes tokens of its frames, and a LLaMA: what people build themselves, and SALMONN's shape."""
+"""An encoder, something that makes tokens of its frames, and a LLaMA: SALMONN, and what people build themselves."""
 
 from .family import Family
 
@@ -10,15 +10,15 @@ class WhisperLLM(Family):
         found = super().language_model(model)
         if found is model or not hasattr(found, "config"):
             raise TypeError(
-                f"which part of {type(model).__name__} is its language model? Name it language_model, or let get_decoder() "
-                "return it"
+                f"which part of {type(model).__name__} is its language model? Name it language_model, or let "
+                "get_decoder() return it"
             )
         return found
 
     def audio_token(self, model):
-        token = getattr(model.config, "audio_token_id", None)
+        token, kind = getattr(model.config, "audio_token_id", None), type(model).__name__
         if token is None:
-            raise TypeError(f"which token stands for audio? The config of {type(model).__name__} must have an audio_token_id")
+            raise TypeError(f"which token stands for audio? The config of {kind} must have an audio_token_id")
         return token
 
 
