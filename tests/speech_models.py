@@ -63,8 +63,8 @@ def qwen2_5_omni():
     rope = dict(rope_type="default", rope_theta=1e4, mrope_section=[2, 3, 3])
     config = T.Qwen2_5OmniThinkerConfig(
         audio_config=audio, vision_config=vision, text_config=dict(**TEXT, rope_parameters=rope),
-        audio_token_index=AUDIO, image_token_index=11, video_token_index=12, audio_start_token_id=9, audio_end_token_id=13,
-        vision_start_token_id=14,
+        audio_token_index=AUDIO, image_token_index=11, video_token_index=12, audio_start_token_id=9,
+        audio_end_token_id=13, vision_start_token_id=14,
     )  # fmt: skip
     given = {"input_features": mels(2), "feature_attention_mask": lengths(200, 120)}
     return T.Qwen2_5OmniThinkerForConditionalGeneration(config), {**prompt([50, 30]), **given}
@@ -107,8 +107,8 @@ def qwen3_asr():
     audio = dict(model_type="qwen3_asr_encoder", d_model=32, encoder_layers=1, encoder_attention_heads=2,
                  encoder_ffn_dim=64, num_mel_bins=MELS, downsample_hidden_size=8, output_dim=64)  # fmt: skip
     config = T.Qwen3ASRConfig(
-        audio_config=audio, text_config=dict(model_type="qwen3", head_dim=16, **TEXT), audio_token_id=AUDIO, pad_token_id=0,
-        eos_token_id=2, tie_word_embeddings=False)  # fmt: skip
+        audio_config=audio, text_config=dict(model_type="qwen3", head_dim=16, **TEXT), audio_token_id=AUDIO,
+        pad_token_id=0, eos_token_id=2, tie_word_embeddings=False)  # fmt: skip
     given = {"input_features": mels(2), "input_features_mask": lengths(200, 120)}
     return T.Qwen3ASRForConditionalGeneration(config), {**prompt([26, 16]), **given}
 
@@ -163,7 +163,8 @@ def gemma3n():
     vision = _blind(T.Gemma3nVisionConfig)(hidden_size=32, vocab_size=10, vocab_offset=180)
     types = ["sliding_attention", "full_attention"] * 3
     text = {**TEXT, "num_hidden_layers": len(types), "layer_types": types, "num_kv_shared_layers": 2}
-    text |= dict(sliding_window=8, head_dim=16, vocab_size_per_layer_input=180, hidden_size_per_layer_input=16, laurel_rank=8)
+    text |= dict(sliding_window=8, head_dim=16, laurel_rank=8)
+    text |= dict(vocab_size_per_layer_input=180, hidden_size_per_layer_input=16)
     config = T.Gemma3nConfig(audio_config=audio, vision_config=vision, text_config=text, audio_token_id=AUDIO,
                              image_token_id=11, audio_soft_tokens_per_image=13, tie_word_embeddings=False)  # fmt: skip
     given = {"input_features": mels(2).mT, "input_features_mask": lengths(200, 120).bool()}

@@ -6,7 +6,7 @@ import pytest
 import torch
 import transformers as T
 from speech_models import (
-    AUDIO, FRAMES, KV_HEADS, LAYERS, MODELS, TEXT, Listening, Stacking, language_model, layers_read, make, prompt,
+    AUDIO, FRAMES, KV_HEADS, LAYERS, MELS, MODELS, TEXT, Listening, Stacking, language_model, layers_read, make, prompt,
 )  # fmt: skip
 from test_prune import GREEDY, Drawn, furthest, masked
 from transformers import DynamicCache
@@ -65,6 +65,29 @@ class TestOfEveryFamily:
             assert prune.stats(model).prompts == 1
         assert (pruned.sequences[:, inputs["input_ids"].shape[1] :] == AUDIO).all()
         assert furthest(expected, pruned) < 2e-4  # of 500
+
+
+    @pytest.mark.parametrize("name", sorted(MODELS))
+    def test_silence(self, name):
+        """Of the first clip the second half is silent."""
+        model, inputs = make(name)
+        columns = FRAMES * (2 if name == "granite_speech" else 1)
+        heard = 0.02 * torch.randn(len(inputs["input_ids"]), MELS, columns, generator=torch.Generator().manual_seed(4))
+        heard[:1, :, : columns // 2] += 2
+        heard[1:] += 2 * (torch.arange(columns) % 40 > 0)
+        if name == "granite_speech":
+            given = heard[:, : MELS // 2].mT.unflatten(1, (-1, 2)).flatten(2)
+        elif name == "phi4_multimodal":
+            given = heard.mT * 9.21
+        else:
+            given = heard.mT * 4.6 if name == "gemma3n" else heard
+        pruner = Looking()
+        with prune.apply(model, pruner), torch.no_grad():
+            model(**inputs | {next(key for key in inputs if key.endswith("input_features")): given})
+        _, meta = pruner.shown[0]
+        silent, tokens = meta.silent, int(meta.present[0].sum())
+        assert silent[0, tokens // 2 + 3 : tokens].all() and not silent[0, : tokens // 2 - 2].any()
+        assert not silent[1, : int(meta.present[1].sum()) - 1].any()
 
 
 class TestOfOmni:

@@ -127,7 +127,9 @@ class Pruning:
             raise ValueError("the prompt ends inside its audio: nothing after it asks for a text")
         run = Run(self.family, self.pruner, audio, visible)
         run.embedded = tokens is None
-        run.features = None if audio is None else _features(kwargs)
+        features = None if audio is None else _features(kwargs)
+        if isinstance(features, torch.Tensor) and features.dim() == 3:
+            run.features = self.family.columns(features, model.config)
         run.asks_attentions = bool(kwargs.get("output_attentions"))
         run.start()
 

@@ -25,7 +25,7 @@ class Meta:
     seen: torch.Tensor  # float32 [rows, audio], by how many of the queries in attn_weights a token could be seen
     embeddings: torch.Tensor | None  # [rows, audio, width], what the audio encoder gave the language model
     rate: float  # audio tokens a second; 0 where the family does not know
-    features: torch.Tensor | None = None  # as the model was given them: [clips, mels, columns] in most families
+    features: torch.Tensor | None = None  # [clips, mels, columns], what the model was given
     shared: dict = field(default_factory=dict)  # by a pruner's own key: what all layers of one prompt have in common
 
     @property

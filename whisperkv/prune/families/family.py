@@ -28,6 +28,11 @@ class Family:
         """The token that stands in a prompt for a piece of audio."""
         return model.config.audio_token_id
 
+    def columns(self, features, config):
+        """The features as Whisper's are: [clips, mels, columns of 10 ms], a quarter of the decimal logarithm of power.
+        What is added to all of them does not matter."""
+        return features
+
     def prunes(self, language_model, layer):
         """Whether that layer may be pruned: it looks at all tokens. Others (windows, states) stay as they are."""
         config = language_model.config
@@ -49,6 +54,6 @@ class Family:
         if prompt != tokens:
             raise ValueError(
                 f"the prompt has {prompt} tokens and the language model was given {tokens}: its audio stands as one "
-                "token for each clip, from a processor before transformers 4.48. Let the processor of this version write "
-                "the prompt"
+                "token for each clip, from a processor before transformers 4.48. Let the processor of this version "
+                "write the prompt"
             )

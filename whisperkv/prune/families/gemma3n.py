@@ -1,8 +1,17 @@
+import math
+
+import torch
+
 from .family import Family
 
 
 class Gemma3n(Family):
-    """Of its layers some look through a window, and the last read what earlier ones have cached."""
+    """Of its layers some look through a window, and the last read what earlier ones have cached. Every clip has as many
+    tokens as the longest may have, of 16 columns each."""
+
+    def columns(self, features, config):
+        columns = features.mT / (2 * math.log(10))  # of magnitude, which is half of power's
+        return torch.nn.functional.pad(columns, (0, 16 * config.audio_soft_tokens_per_image - columns.shape[-1]))
 
     def prunes(self, language_model, layer):
         return layer < _own(language_model.config) and super().prunes(language_model, layer)

@@ -1,3 +1,5 @@
+import math
+
 from .family import Family
 
 
@@ -9,6 +11,9 @@ class Phi4Multimodal(Family):
 
     def embedder(self, language_model):
         return language_model.embed_tokens_extend
+
+    def columns(self, features, config):
+        return features.mT / (4 * math.log(10))
 
     def audio_token(self, model):
         return model.config.audio_config.audio_token_id
