@@ -91,23 +91,27 @@ def test_head_l1_keeps_the_heads_that_look():
 
 
 class TestOfMerging:
-    def alike(self):
-        """Four groups of five equal tokens."""
-        return torch.randn(4, WIDTH, generator=torch.Generator().manual_seed(3)).repeat_interleave(5, 0)[None]
+    def keys(self, groups=4, size=5):
+        """Groups of equal tokens, other ones in each head."""
+        return torch.randn(1, HEADS, groups, DIM, generator=torch.Generator().manual_seed(3)).repeat_interleave(size, 2)
+
+    def chosen(self, keys, budget, **given):
+        of = meta([keys.shape[2]] * len(keys), **given)
+        return Merge().select(Merge().score(keys, None, None, of), budget)
 
     def test_the_alike_become_one(self):
-        given = meta([20], embeddings=self.alike())
-        k, v, chosen = kept(Merge(), given, 4)
+        keys = self.keys()
+        chosen = self.chosen(keys, 4)
         assert chosen[0].tolist() == [[0, 5, 10, 15]] * HEADS
-        made = Merge().apply(k, v, chosen)
-        assert torch.allclose(made.keys, k.view(1, HEADS, 4, 5, DIM).mean(3), atol=1e-6)
-        assert torch.allclose(made.values, v.view(1, HEADS, 4, 5, DIM).mean(3), atol=1e-6)
+        values = torch.randn(keys.shape, generator=torch.Generator().manual_seed(4))
+        made = Merge().apply(keys, values, chosen)
+        assert torch.allclose(made.keys, keys[:, :, ::5], atol=1e-6)
+        assert torch.allclose(made.values, values.view(1, HEADS, 4, 5, DIM).mean(3), atol=1e-6)
         assert (made.counts == 5).all()
 
     def test_clips_stay_apart(self):
         clip = (torch.arange(20) >= 12).long()[None]
-        _, _, chosen = kept(Merge(), meta([20], clip=clip, embeddings=torch.zeros(1, 20, WIDTH)), 2)
-        assert chosen[0, 0].tolist() == [0, 12]
+        assert self.chosen(torch.zeros(1, HEADS, 20, DIM), 2, clip=clip)[0, 0].tolist() == [0, 12]
 
     def test_all_kept_is_unchanged(self):
         k, v, chosen = kept(Merge(), meta([20, 20]), 1.0)
@@ -115,17 +119,37 @@ class TestOfMerging:
         there = chosen >= 0
         assert torch.equal(made.keys[there], k[there]) and (made.counts == 1).all()
 
-    def test_rows_of_their_own(self):
-        both, alone = kept(Merge(), meta([20, 12]), 0.5)[2], kept(Merge(), meta([20]), 0.5)[2]
-        assert torch.equal(both[:1], alone)
+    def test_rows_and_heads_of_their_own(self):
+        keys = torch.randn(3, HEADS, 40, DIM, generator=torch.Generator().manual_seed(6))
+        together = self.chosen(keys, 0.4)
+        for row in range(3):
+            for head in range(HEADS):
+                alone = self.chosen(keys[row : row + 1, head : head + 1], 0.4)
+                assert torch.equal(alone[0, 0], together[row, head])
+
+    @pytest.mark.parametrize("seed", range(4))
+    def test_as_one_pair_after_the_other(self, seed):
+        keys = torch.randn(1, 1, 60, DIM, generator=torch.Generator().manual_seed(seed)).cumsum(2)
+        for budget in (30, 12, 5):
+            groups = [[token] for token in range(60)]
+
+            def cost(a, b):
+                means = [keys[0, 0, group].mean(0) for group in (a, b)]
+                return (means[0] - means[1]).square().sum().item() * len(a) * len(b) / (len(a) + len(b))
+
+            while len(groups) > budget:
+                costs = [cost(a, b) for a, b in zip(groups, groups[1:])]
+                best = costs.index(min(costs))
+                groups[best : best + 2] = [groups[best] + groups[best + 1]]
+            ours = self.chosen(keys, budget)[0, 0].tolist()
+            assert len(set(ours) - {group[0] for group in groups}) <= budget // 10  # pairs that overtake others are rare
 
     def test_close_to_the_best_partition(self):
         """Against the exact best cut into groups, found by dynamic programming."""
-        looks = torch.randn(1, 24, WIDTH, generator=torch.Generator().manual_seed(5)).cumsum(1)
-        _, _, chosen = kept(Merge(), meta([24], embeddings=looks), 8)
+        keys = torch.randn(1, 1, 24, DIM, generator=torch.Generator().manual_seed(5)).cumsum(2)
 
         def loss(start, end):
-            group = looks[0, start:end]
+            group = keys[0, 0, start:end]
             return (group - group.mean(0)).square().sum().item()
 
         best = [[math.inf] * 9 for _ in range(25)]
@@ -133,10 +157,15 @@ class TestOfMerging:
         for end in range(1, 25):
             for groups in range(1, 9):
                 best[end][groups] = min(best[start][groups - 1] + loss(start, end) for start in range(end))
-        edges = [*chosen[0, 0].tolist(), 24]
+        edges = [*self.chosen(keys, 8)[0, 0].tolist(), 24]
         ours = sum(loss(a, b) for a, b in zip(edges, edges[1:]))
         even = sum(loss(a, a + 3) for a in range(0, 24, 3))
         assert best[24][8] <= ours + 1e-6 and ours < 1.35 * best[24][8] and ours < even
+
+    def test_what_is_no_number(self):
+        keys = self.keys()
+        keys[0, 0, 7] = torch.nan
+        assert (self.chosen(keys, 0.5) >= 0).sum(-1).tolist() == [[10] * HEADS]
 
 
 class TestOfSilence:

@@ -1,6 +1,6 @@
 """Speech LLMs with part of their audio pruned out of the cache.
 
-    with whisperkv.prune.apply(model, "token_attn_recency", budget=0.5):
+    with whisperkv.prune.apply(model, "merge", budget=0.5):
         model.generate(**inputs)
 """
 

@@ -17,11 +17,11 @@ from .running import Run, running
 _APPLIED = weakref.WeakKeyDictionary()  # of a model: its Pruning
 
 
-def apply(model, pruner="token_attn_recency", budget=0.5, **settings):
+def apply(model, pruner="merge", budget=0.5, **settings):
     """Let a speech LLM drop part of the audio from its cache as soon as it has read the prompt.
 
     model     one of the families of whisperkv.prune.families, from transformers
-    pruner    the name of a pruner, as "token_attn_recency", or one that was made
+    pruner    the name of a pruner, as "merge", or one that was made
     budget    the share of the audio tokens that stay, or their number
     settings  of the pruner, by name: apply(model, "random", budget=0.5, seed=3)
 
