@@ -4,6 +4,8 @@ import torch
 
 from ..trim import silent_frames
 
+PAUSE = 11  # frames of 20 ms: a shorter one is part of the speech
+
 
 def silent_tokens(features, clip, present):
     """bool [rows, audio]: tokens of silence alone; None where features cannot be told apart token by token.
@@ -21,7 +23,7 @@ def silent_tokens(features, clip, present):
         if clips == 0 or sum(counts) % clips:
             return None
         counts = [sum(counts) // clips] * clips
-    silent = silent_frames(features)
+    silent = silent_frames(features, PAUSE)
     heard = (features.amin(1) != features.amax(1)).int()
     full = max(counts)
     quiet = []
