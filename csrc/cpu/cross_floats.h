@@ -14,6 +14,25 @@ enum {
  * Then both are rounded to it. */
 INLINE bool in_bfloat16(const enum wkv_dtype dtype) { return MULTIPLIES_BFLOAT16 && dtype == WKV_BFLOAT16; }
 
+/* A query as its cache wants it. */
+INLINE void load_query(const enum wkv_dtype dtype, const bool packed, const void *const from, const int64_t head_dim,
+                       const float scale, const struct work *const w, const int64_t query) {
+  for (int64_t d = 0; d < w->channels; d += PAIR) {
+    const int64_t n = least(PAIR, head_dim - d), place = query * w->channels + d;
+    struct pair x = {0};
+    if (n > 0 && !packed) x = load_some(dtype, at(dtype, from, d), n);
+    if (n > 0 && packed) x.a = load_in_order(dtype, at(dtype, from, d), least(n, W));
+    if (n > W && packed) x.b = load_in_order(dtype, at(dtype, from, d + W), n - W);
+    x = (struct pair){x.a * scale, x.b * scale};
+    if (in_bfloat16(dtype) && !packed) {
+      store_full(dtype, w->rounded_query + place, x);
+    } else {
+      store(w->query + place, x.a);
+      store(w->query + place + W, x.b);
+    }
+  }
+}
+
 /* The first n <= PAIR numbers at p as they are, two to a lane, then zeros. */
 INLINE vu load_raw(const void *const p, const int64_t n) {
   vu x = {0};
