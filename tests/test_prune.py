@@ -359,6 +359,16 @@ class TestOfDecoding:
                 again = model(input_ids=torch.tensor([[30]] * 3), past_key_values=cache).logits
         assert torch.equal(expected, again)
 
+    def test_no_gradients(self, qwen):
+        model, inputs = qwen
+        with prune.apply(model, "random"):
+            model(**inputs)
+            assert "gradients are on" in prune.stats(model).note
+            with torch.no_grad():
+                cache = model(**inputs).past_key_values
+            with pytest.raises(RuntimeError, match="torch.no_grad"):
+                model(input_ids=torch.tensor([[30]] * 3), past_key_values=cache)
+
     def test_left_alone(self, qwen):
         model, inputs = qwen
         before = model.generate(**inputs, **GREEDY)

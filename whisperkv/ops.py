@@ -99,6 +99,11 @@ def chooses(tensor):
     return tensor.device.type == "cpu" and ON_CPU
 
 
+def prunes(tensor):
+    """Whether gather_kept, ragged_attention and attention_received take tensors like it."""
+    return tensor.device.type == "cpu" and ON_CPU and tensor.dtype in (torch.float32, torch.bfloat16, torch.float16)
+
+
 # What torch.compile and torch.export see. The dtype of a cache may be any, but is the same for all of None.
 _ATTENTION = {
     "query": (None, "rows tokens heads dim"),

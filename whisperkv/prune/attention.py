@@ -1,7 +1,6 @@
 """Attention over pruned layers, and what the tokens of a prompt receive, beside the model's own attention."""
 
 import functools
-import math
 import sys
 
 import torch
@@ -9,6 +8,8 @@ from transformers import AttentionInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from .. import ops
+from . import in_torch
 from .layer import PrunedLayer
 from .running import running
 
@@ -57,38 +58,17 @@ def _layer_of(run, module):
 
 def ragged_attention(query, layer, scale):
     """[rows, queries, heads, dim]: the last query sees all of a head's tokens, the one before it one less, and so on."""
-    rows, heads, queries, dim = query.shape
-    kv_heads, most = layer.lengths.shape[1], int(layer.lengths.max())
-    place = torch.arange(most, device=query.device)
-    slots = layer._slots(place.expand(rows, kv_heads, most).minimum(layer.lengths[..., None].long() - 1).clamp(min=0))
-    keys, values = (each.view(-1, each.shape[-1])[slots].float() for each in (layer.keys, layer.values))
-    logits = query.float().reshape(rows, kv_heads, -1, dim) @ keys.mT * scale
-    logits = logits.view(rows, kv_heads, -1, queries, most)
-    if layer.bias is not None:
-        logits = logits + layer.bias.view(-1)[slots][:, :, None, None]
-    sees = layer.lengths[..., None] - torch.arange(queries - 1, -1, -1, device=query.device)
-    hidden = place >= sees[:, :, None, :, None]
-    weights = logits.masked_fill(hidden, -math.inf).softmax(-1).nan_to_num(0.0)
-    output = weights.view(rows, kv_heads, -1, most) @ values
-    return output.view(rows, heads, queries, -1).transpose(1, 2).to(query.dtype).contiguous()
+    if not ops.prunes(query):
+        return in_torch.ragged_attention(query, layer, scale)
+    keys, values = (each.view(-1, each.shape[-1]) for each in (layer.keys, layer.values))
+    bias = query.new_empty(0, dtype=torch.float32) if layer.bias is None else layer.bias.view(-1)
+    return ops.ragged_attention(query, keys, values, layer.starts, layer.lengths, bias, scale)
 
 
 def attention_received(query, run, key, scale):
     """float32 [rows, kv_heads, tokens]: by the pass's tokens, of those whose queries were chosen."""
-    rows, heads, tokens, dim = query.shape
-    key = key[:, :, -tokens:].float()
-    kv_heads = key.shape[1]
-    received = key.new_zeros(rows, kv_heads, tokens)
-    place = torch.arange(tokens, device=query.device)
-    visible = run.visible
-    for chosen in run.choose_queries().long().split(64):
-        some = query[:, :, chosen].float().reshape(rows, kv_heads, -1, dim)
-        logits = (some @ key.mT * scale).view(rows, kv_heads, -1, len(chosen), tokens)
-        hidden = (place > chosen[:, None])[None]
-        if visible is not None:
-            hidden = hidden | ~visible[:, None, :]
-        weights = logits.masked_fill(hidden[:, None, None], -math.inf).softmax(-1).nan_to_num(0.0)
-        if visible is not None:
-            weights = weights * visible[:, None, None, chosen, None]
-        received += weights.sum((2, 3))
-    return received
+    tokens = query.shape[2]
+    key, places = key[:, :, -tokens:], run.choose_queries()
+    visible = torch.ones_like(run.audio) if run.visible is None else run.visible
+    received = ops.attention_received if ops.prunes(query) else in_torch.attention_received
+    return received(query[:, :, places.long()], places, key, visible, scale)

@@ -3,7 +3,8 @@
 import torch
 from transformers.cache_utils import CacheLayerMixin
 
-from .. import compat
+from .. import compat, ops
+from . import in_torch
 from .base import places
 from .running import running
 
@@ -41,14 +42,14 @@ class PrunedLayer(CacheLayerMixin):
             keys.new_zeros(rows, slots, dim), values.new_zeros(rows, slots, values.shape[-1]), offsets, lengths, logical
         )
         layer.spare = spare
-        to = layer._slots(torch.arange(index.shape[-1], device=index.device).expand_as(index))
-        row, head = torch.meshgrid(*(torch.arange(n, device=index.device) for n in index.shape[:2]), indexing="ij")
-        row, head = (each[..., None].expand_as(index)[there] for each in (row, head))
-        for ours, theirs in ((layer.keys, keys), (layer.values, values)):
-            ours.view(rows * slots, -1)[to[there]] = theirs[row, head, index[there]]
+        gather = ops.gather_kept if ops.prunes(keys) else in_torch.gather_kept
+        gather(
+            keys, values, index.int(), layer.starts, lengths, layer.keys.view(rows * slots, -1),
+            layer.values.view(rows * slots, -1),
+        )  # fmt: skip
         return layer
 
-    def _slots(self, place):
+    def slots(self, place):
         """Where in the flat [rows * slots] the place-th tokens of each head stand."""
         rows, slots = self.keys.shape[:2]
         first = self.offsets.long() + torch.arange(rows, device=self.device)[:, None] * slots
@@ -68,19 +69,21 @@ class PrunedLayer(CacheLayerMixin):
         run = running()
         if run is None or not run.attends_to(self):
             raise RuntimeError("the audio in this cache was pruned: call whisperkv.prune.apply(model, ...) to go on with it")
+        if torch.is_grad_enabled() and (key_states.requires_grad or value_states.requires_grad):
+            raise RuntimeError("no gradient can pass through a cache whose audio was pruned: go on under torch.no_grad()")
         queries = key_states.shape[2]
         if queries > self.spare:
             self._grow(queries)
         visible = run.visible_of(queries)
         place = self.lengths.long()[..., None] + torch.arange(queries, device=self.device)
         if visible is None:
-            to, added = self._slots(place), queries
+            to, added = self.slots(place), queries
             for ours, new in ((self.keys, key_states), (self.values, value_states)):
                 ours.view(-1, ours.shape[-1]).index_copy_(0, to.flatten(), new.reshape(-1, new.shape[-1]))
         else:
             there = visible[:, None, :].expand_as(place)
             added = visible.sum(-1, dtype=torch.int32)[:, None]
-            to = self._slots(place - (queries - added.long())[..., None])[there]
+            to = self.slots(place - (queries - added.long())[..., None])[there]
             for ours, new in ((self.keys, key_states), (self.values, value_states)):
                 ours.view(-1, ours.shape[-1])[to] = new[there]
         if run.audio is not None:
@@ -95,7 +98,7 @@ class PrunedLayer(CacheLayerMixin):
         """Of each head's tokens keep those at these places: int64 [rows, kv_heads, most], ascending, -1 behind.
         Room for `least` tokens to come is made."""
         there = place >= 0
-        old, lengths = self._slots(place)[there], there.sum(-1, dtype=torch.int32)
+        old, lengths = self.slots(place)[there], there.sum(-1, dtype=torch.int32)
         spare = max(spare_of(lengths), least)
         self.offsets, slots = rooms(lengths, spare)
         rows = self.keys.shape[0]
@@ -103,7 +106,7 @@ class PrunedLayer(CacheLayerMixin):
         self.keys, self.values, self.bias = (
             None if was is None else was.new_zeros(rows, slots, *was.shape[2:]) for was in held
         )
-        new = self._slots(torch.arange(place.shape[-1], device=place.device).expand_as(place))[there]
+        new = self.slots(torch.arange(place.shape[-1], device=place.device).expand_as(place))[there]
         for was, ours in zip(held, (self.keys, self.values, self.bias), strict=True):
             if was is not None:
                 ours.view(-1, *ours.shape[2:])[new] = was.view(-1, *was.shape[2:])[old]
@@ -125,7 +128,7 @@ class PrunedLayer(CacheLayerMixin):
     def hold(self, place, kept):
         """Let the tokens at these places, as in keep(), be what a pruner has made of them."""
         there = place >= 0
-        to = self._slots(place)[there]
+        to = self.slots(place)[there]
         self.keys.view(-1, self.keys.shape[-1])[to] = kept.keys[there].to(self.keys.dtype)
         self.values.view(-1, self.values.shape[-1])[to] = kept.values[there].to(self.values.dtype)
         if kept.counts is not None:
@@ -156,7 +159,7 @@ class PrunedLayer(CacheLayerMixin):
         self.spare += remove
         if self.bias is not None and remove:
             place = self.lengths.long()[..., None] + torch.arange(remove, device=self.device)
-            self.bias.view(-1)[self._slots(place).flatten()] = 0
+            self.bias.view(-1)[self.slots(place).flatten()] = 0
 
     def _of_rows(self, function):
         self.keys, self.values = function(self.keys), function(self.values)
