@@ -128,6 +128,25 @@ class TestOfEveryFamily:
         assert (one - other)[one.isfinite()].abs().max() > 0.01  # it did drop something
 
 
+@pytest.mark.parametrize("beams", [1, 2])
+def test_read_in_pieces(family, beams, monkeypatch):
+    """Of a prompt that is read in pieces nothing is lost but what is pruned."""
+    monkeypatch.setattr("whisperkv.prune.applying.PIECE", 9)
+    model, inputs = family
+    before = model.generate(**inputs, **GREEDY, num_beams=beams)
+    passes = []
+    hook = model.get_decoder().register_forward_hook(lambda *_: passes.append(1))
+    with prune.apply(model, "window", budget=1.0, stream=True):
+        read = model.generate(**inputs, **GREEDY, num_beams=beams)
+        stats = prune.stats(model)
+    hook.remove()
+    assert furthest(before, read) < 1e-3
+    tokens = inputs["input_ids"].shape[1]
+    pieces = 1 if model.config.model_type == "phi4_multimodal" else -(-tokens // 9)
+    assert len(passes) == pieces + len(read.scores) - 1
+    assert (stats.prompts, stats.note) == (1, "") and stats.audio_tokens == int((inputs["input_ids"] == AUDIO).sum(-1).max())
+
+
 def layers_of(output):
     return output.past_key_values.layers
 
@@ -337,6 +356,33 @@ class TestOfDecoding:
         assert torch.allclose(before, after, atol=1e-3)
         assert torch.equal(cache.layers[0].lengths[:, 0], mask.sum(-1).int())
 
+    def test_text_before_the_pruner(self, qwen):
+        """A conversation that began without it: what was cached before stays, padding left out."""
+        model, inputs = qwen
+        early = torch.tensor([[0, 40, 41], [42, 43, 44], [0, 0, 45]])
+        mask = torch.cat([(early > 0).long(), inputs["attention_mask"]], -1)
+        position = (mask.cumsum(-1) - 1).clamp(min=0)
+
+        def chat():
+            with torch.no_grad():
+                text = dict(attention_mask=mask[:, :3], position_ids=position[:, :3], use_cache=True)
+                cache = model(input_ids=early, **text).past_key_values
+
+                @torch.no_grad()
+                def go_on():
+                    given = inputs | dict(attention_mask=mask, position_ids=position[:, 3:], past_key_values=cache)
+                    return model(**given).logits[:, -1]
+
+                return cache, go_on
+
+        _, go_on = chat()
+        before = go_on()
+        cache, go_on = chat()
+        with prune.apply(model, "random", budget=5):
+            after = go_on()
+        assert torch.allclose(before, after, atol=1e-3)  # the prompt itself is read in full
+        assert torch.equal(cache.layers[0].lengths[:, 0], (mask.sum(-1) - torch.tensor([45, 25, 15])).int())
+
     def test_crop_stops_at_the_audio(self, qwen):
         model, inputs = qwen
         with torch.no_grad(), prune.apply(model, "random"):
@@ -392,6 +438,77 @@ class TestOfDecoding:
         finally:
             torch.set_num_threads(before)
         assert torch.equal(outputs[0].sequences, outputs[1].sequences)
+
+
+class TestOfStreams:
+    @pytest.fixture(autouse=True)
+    def short_pieces(self, monkeypatch):
+        monkeypatch.setattr("whisperkv.prune.applying.PIECE", 10)
+
+    @pytest.mark.parametrize("budget, expected", [(12, [12, 12, 12]), (0.5, [25, 15, 10])])
+    def test_window(self, qwen, budget, expected):
+        model, inputs = qwen
+        with torch.no_grad(), prune.apply(model, "window", budget=budget, stream=True):
+            cache = model(**inputs).past_key_values
+            stats = prune.stats(model)
+        text = inputs["attention_mask"].sum(-1) - torch.tensor([50, 30, 20])
+        for layer in cache.layers:
+            assert torch.equal(layer.lengths - text[:, None], torch.tensor(expected)[:, None].expand(3, KV_HEADS).int())
+            assert layer.get_seq_length() == inputs["input_ids"].shape[1]
+        assert stats.kept[0][0] == pytest.approx(sum(expected) / 3) and stats.audio_tokens == 50
+
+    def test_the_first_layer_keeps_what_it_is_told(self, qwen):
+        """Below it nothing has been pruned: the keys of the last tokens are those of the full cache."""
+        model, inputs = qwen
+        one = {name: value[:1] for name, value in inputs.items()}
+        with torch.no_grad():
+            full = model(**one).past_key_values.layers[0].keys[0]
+            with prune.apply(model, "window", budget=12, stream=True):
+                layer = model(**one).past_key_values.layers[0]
+        kept = [*range(2), *range(52 - 12, full.shape[1])]
+        for head in range(KV_HEADS):
+            mine = layer.keys[0, layer.offsets[0, head] :][: layer.lengths[0, head]]
+            assert torch.allclose(mine, full[head, kept], atol=1e-5)
+
+    def test_budget_counts_over_turns(self, qwen):
+        model, inputs = qwen
+        one = {name: value[:1] for name, value in inputs.items()}
+        more = prompt([30], texts=(4,), seed=9)["input_ids"]
+        with torch.no_grad(), prune.apply(model, "window", budget=20, stream=True):
+            cache = model(**one).past_key_values
+            for _ in range(30):
+                model(input_ids=torch.tensor([[30]]), past_key_values=cache)
+            given = {"input_features": mels(1, seed=4), "feature_attention_mask": lengths(120)}
+            model(input_ids=more, past_key_values=cache, **given)
+            assert prune.stats(model).audio_tokens == 80 and prune.stats(model).kept[0] == (20.0, 20.0)
+        text = one["input_ids"].shape[1] - 50 + 30 + 6
+        assert cache.layers[0].lengths.tolist() == [[text + 20] * KV_HEADS]
+
+    def test_sentence_starts_outlive_the_rest(self, qwen):
+        model, inputs = qwen
+        one = {name: value[:1].clone() for name, value in inputs.items()}
+        features = one["input_features"]
+        features[:, :, 60:110] = features.min() - 3
+        shown = []
+
+        class Looking(prune.pruners.PRUNERS["streaming_anchor"]):
+            def score(self, k, v, attn_weights, meta):
+                scores = super().score(k, v, attn_weights, meta)
+                shown.append((meta.heard if isinstance(meta.heard, int) else int(meta.heard), scores[0, 0].tolist()))
+                return scores
+
+        with torch.no_grad(), prune.apply(model, Looking(anchor=3), budget=16, stream=True):
+            model(**one)
+        scores = [number for heard, some in shown[::LAYERS] for number in some]
+        anchors = [place for place, number in enumerate(scores) if number > place + 1]
+        assert anchors[:3] == [0, 1, 2] and len(anchors) == 6 and 26 <= anchors[3] <= 29
+        assert [heard for heard, _ in shown[::LAYERS]] == [0, 8, 18, 28, 38, 48][: len(shown) // LAYERS]
+
+    def test_who_can(self, qwen):
+        with pytest.raises(ValueError, match="streaming_anchor, window"):
+            prune.apply(qwen[0], "merge", stream=True)
+        with pytest.raises(TypeError, match="True or False"):
+            prune.apply(qwen[0], "window", stream="yes")
 
 
 class TestOfBadInput:

@@ -23,7 +23,7 @@ def test_every_block_runs(tmp_path, monkeypatch, capsys):
     inputs["input_features"][:, :, 60:110] = 0.0
     names = {"model": model, "inputs": inputs}
     blocks = re.findall(r"^```python\n(.*?)^```$", TEXT, re.MULTILINE | re.DOTALL)
-    assert len(blocks) == 3
+    assert len(blocks) == 4
     for block in blocks:
         exec(compile(block, "docs/prune.md", "exec"), names)
         assert names["tokens"].shape[0] == 3

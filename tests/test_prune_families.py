@@ -22,7 +22,8 @@ HIGH = {"sequence_bias": [[[AUDIO], 500.0]]}
 class Looking(BasePruner):
     """Keeps all, and notes what it was shown."""
 
-    needs_attention, every = True, 1
+    needs_attention = needs_silence = True
+    every = 1
 
     def __init__(self):
         self.shown = []

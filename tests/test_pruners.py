@@ -43,7 +43,8 @@ def kept(pruner, of, budget, received=None):
 @pytest.mark.parametrize("budget", [0.25, 0.5, 1.0, 3])
 def test_budgets_are_kept(name, budget):
     pruner = pruner_of(name, {})
-    given = meta(features=mels(2)) if name in ("chunk_vad", "token_saliency") else meta()
+    heard = dict(silent=torch.zeros(2, 20, dtype=torch.bool), since=torch.arange(20).expand(2, -1))
+    given = meta(**heard) if pruner.needs_silence else meta()
     k, _, chosen = kept(pruner, given, budget)
     count = (chosen >= 0).sum(-1)
     if name == "head_l1":
@@ -178,30 +179,30 @@ class TestOfSilence:
         return features
 
     def test_tokens_of_silence(self):
-        present = torch.ones(2, 50, dtype=torch.bool)
-        silent = silent_tokens(self.speech(), torch.zeros(2, 50, dtype=torch.int64), present)
+        silent = silent_tokens(self.speech(), torch.ones(2, 50, dtype=torch.bool))
         assert silent[0, 27:].all() and not silent[0, :24].any() and not silent[1].any()
 
     def test_two_clips_of_a_row(self):
-        clip = (torch.arange(100) >= 50).long()[None]
-        silent = silent_tokens(self.speech(), clip, torch.ones(1, 100, dtype=torch.bool))
+        audio = torch.arange(101)[None] != 50
+        silent = silent_tokens(self.speech(), audio)
         assert silent[0, 27:50].all() and not silent[0, 50:].any()
 
     def test_windows_of_one_clip(self):
-        silent = silent_tokens(self.speech(), torch.zeros(1, 100, dtype=torch.int64), torch.ones(1, 100, dtype=torch.bool))
+        silent = silent_tokens(self.speech(), torch.ones(1, 100, dtype=torch.bool))
         assert silent[0, 27:50].all() and not silent[0, 50:].any()
 
     def test_cannot_be_told(self):
-        present = torch.ones(1, 51, dtype=torch.bool)
-        assert silent_tokens(None, torch.zeros(1, 51, dtype=torch.int64), present) is None
-        assert silent_tokens(self.speech(), torch.zeros(1, 51, dtype=torch.int64), present) is None
+        audio = torch.ones(1, 51, dtype=torch.bool)
+        assert silent_tokens(None, audio) is None and silent_tokens(self.speech(), audio) is None
         with pytest.raises(ValueError, match="choose another pruner"):
             kept(pruner_of("chunk_vad", {}), meta(), 0.5)
+        with pytest.raises(ValueError, match="take window"):
+            kept(pruner_of("streaming_anchor", {}), meta(), 0.5)
 
     @pytest.mark.parametrize("name", ["chunk_vad", "token_saliency"])
     def test_silence_goes_first(self, name):
         settings = {"saliency": 0.9} if name == "token_saliency" else {}
-        given = meta([50, 50], features=self.speech())
+        given = meta([50, 50], silent=silent_tokens(self.speech(), torch.ones(2, 50, dtype=torch.bool)))
         _, _, chosen = kept(pruner_of(name, settings), given, 0.5)
         assert (chosen[0] < 28).all()
 

@@ -13,7 +13,7 @@ from ..audio import RATE, read_audio
 from . import apply, names, stats
 from .base import check_budget
 from .families import family_of
-from .pruners import pruner_of
+from .pruners import pruner_of, streaming
 
 
 def main(arguments=None):
@@ -21,12 +21,12 @@ def main(arguments=None):
     parser.add_argument("--model", required=True, help="folder or hub id of a speech LLM")
     parser.add_argument("--audio", required=True, nargs="+", help="WAV, FLAC, OGG or MP3, of any length")
     parser.add_argument("--prompt", default="Transcribe the audio.", help="what is asked of it (default: %(default)s)")
-    parser.add_argument("--pruner", default="merge", help=f"{', '.join(names())} (default: %(default)s)")
+    parser.add_argument("--pruner", help=f"{', '.join(names())} (default: merge; with --stream streaming_anchor)")
     parser.add_argument("--budget", default="0.5", help="audio tokens that stay: a share, as 0.5, or a number, as 200")
     parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="a setting of the pruner")
     parser.add_argument("--seed", type=int, default=0, help="of pruners that draw, and of sampling (default: %(default)s)")
     parser.add_argument("--out", help="JSON lines, one a recording: file, text, tokens kept, bytes (default: text only)")
-    parser.add_argument("--stream", action="store_true", help="print words as they come")
+    parser.add_argument("--stream", action="store_true", help="read the audio in pieces and prune as they arrive; print words as they come")
     parser.add_argument("--max-new-tokens", type=int, default=444)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, help="of the CPU")
@@ -75,7 +75,9 @@ def _pruner(options):
             settings[name] = literal_eval(value)
         except (SyntaxError, ValueError):
             settings[name] = value  # a file, say
-    pruner = pruner_of(options.pruner, settings)
+    pruner = pruner_of(options.pruner or ("streaming_anchor" if options.stream else "merge"), settings)
+    if options.stream and not pruner.streams:
+        raise ValueError(f"--stream is for {', '.join(streaming())}; got --pruner {options.pruner}")
     if hasattr(pruner, "seed") and "seed" not in settings:
         pruner.seed = options.seed
     return pruner
@@ -110,7 +112,7 @@ def answer(model, processor, file, pruner, budget, options):
     tokenizer = getattr(processor, "tokenizer", processor)
     streamer = transformers.TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True) if options.stream else None
     torch.manual_seed(options.seed)
-    with torch.no_grad(), apply(model, pruner, budget=budget):
+    with torch.no_grad(), apply(model, pruner, budget=budget, stream=options.stream):
         begin = time.perf_counter()
         tokens = model.generate(**inputs, max_new_tokens=options.max_new_tokens, streamer=streamer)
         seconds = time.perf_counter() - begin

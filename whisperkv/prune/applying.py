@@ -10,19 +10,25 @@ from . import attention, prompt
 from .base import check_budget
 from .families import family_of
 from .layer import PrunedLayer
-from .pruners import pruner_of
+from .pruners import pruner_of, streaming
 from .records import PruneStats
 from .running import Run, running
 
 _APPLIED = weakref.WeakKeyDictionary()  # of a model: its Pruning
 
 
-def apply(model, pruner="merge", budget=0.5, **settings):
+PIECE = 512  # tokens of a prompt that are read at once, with stream=True
+
+
+def apply(model, pruner="merge", budget=0.5, stream=False, **settings):
     """Let a speech LLM drop part of the audio from its cache as soon as it has read the prompt.
 
     model     one of the families of whisperkv.prune.families, from transformers
     pruner    the name of a pruner, as "merge", or one that was made
     budget    the share of the audio tokens that stay, or their number
+    stream    read a prompt in pieces and prune as they arrive, so that never more than the budget and a piece is held; the
+              budget counts over all pieces and turns. For pruners whose scores can be compared over time, as
+              "streaming_anchor". The logits of a prompt are then those of its last piece
     settings  of the pruner, by name: apply(model, "random", budget=0.5, seed=3)
 
     What comes back can stand in a `with`, after which the model is as it was; or call remove(model). A model to which a
@@ -30,10 +36,14 @@ def apply(model, pruner="merge", budget=0.5, **settings):
     """
     check_budget(budget)
     pruner = pruner_of(pruner, settings)
+    if not isinstance(stream, bool):
+        raise TypeError(f"stream must be True or False; got {stream!r}")
+    if stream and not pruner.streams:
+        raise ValueError(f"stream=True is for pruners that can, {', '.join(streaming())}; got {type(pruner).__name__}")
     family = family_of(model)
     model = family.whole(model)
     remove(model)
-    _APPLIED[model] = pruning = Pruning(model, family, pruner, budget)
+    _APPLIED[model] = pruning = Pruning(model, family, pruner, budget, stream)
     return pruning
 
 
@@ -73,12 +83,21 @@ def _hears(tokens, given):
     return cache is None or cache.get_seq_length() == 0 or _features(given) is not None
 
 
+def _of_piece(value, begin, end, tokens):
+    """Of embeddings [rows, tokens, width], and of positions, whose last side is tokens."""
+    if not isinstance(value, torch.Tensor) or tokens not in value.shape:
+        return value
+    if value.is_floating_point() and value.dim() >= 3 and value.shape[1] == tokens:
+        return value[:, begin:end]
+    return value[..., begin:end] if value.shape[-1] == tokens else value
+
+
 class Pruning:
     """A pruner at work in a model, until remove() or the end of a `with`."""
 
-    def __init__(self, model, family, pruner, budget):
+    def __init__(self, model, family, pruner, budget, stream=False):
         self._model = weakref.ref(model)
-        self.family, self.pruner, self.budget = family, pruner, budget
+        self.family, self.pruner, self.budget, self.stream = family, pruner, budget, stream
         self.language_model = family.language_model(model)
         self.audio_token = family.audio_token(model)
         self.stats = PruneStats()
@@ -101,7 +120,7 @@ class Pruning:
         self.remove()
 
     def __repr__(self):
-        return f"Pruning({self.pruner!r}, budget={self.budget!r})"
+        return f"Pruning({self.pruner!r}, budget={self.budget!r}{', stream=True' if self.stream else ''})"
 
     def remove(self):
         for hook in self._hooks:
@@ -121,12 +140,14 @@ class Pruning:
             found = tokens == self.audio_token
             audio = found if _hears(tokens, kwargs) and bool(found.any()) else None
             if isinstance(mask, torch.Tensor) and mask.dim() == 2:
-                visible = mask[:, -tokens.shape[1] :].bool()
-                visible = None if bool(visible.all()) else visible
+                mask = mask.bool()
+                visible = None if bool(mask.all()) else mask[:, -tokens.shape[1] :]
         if audio is not None and bool(audio[:, -1].any()):
             raise ValueError("the prompt ends inside its audio: nothing after it asks for a text")
         run = Run(self.family, self.pruner, audio, visible)
-        run.embedded = tokens is None
+        run.embedded, run.streams, run.number = tokens is None, self.stream, self.stats.prompts + 1
+        if visible is not None:
+            run.earlier = mask[:, : -tokens.shape[1]]
         features = None if audio is None else _features(kwargs)
         if isinstance(features, torch.Tensor) and features.dim() == 3:
             run.features = self.family.columns(features, model.config)
@@ -164,7 +185,29 @@ class Pruning:
                 else:
                     pruned.append(layer)
         run.enter(cache, pruned)
+        if run.streams and run.audio is not None and not run.is_piece and not args:
+            kwargs = self._read_in_pieces(language_model, kwargs, run, name, cache)
         return args, kwargs
+
+    def _read_in_pieces(self, language_model, kwargs, run, name, cache):
+        """Read all pieces of a prompt but the last, and return what is given for that one."""
+        tokens, past, mask = run.audio.shape[1], cache.get_seq_length(), kwargs.get("attention_mask")
+        if tokens <= PIECE or prompt.why_not(cache, run) or not (mask is None or getattr(mask, "ndim", 0) == 2):
+            return kwargs
+        if kwargs.get("inputs_embeds") is None:  # a model that hears inside its language model: its prompt is in one piece
+            return kwargs
+        part = None
+        for begin in range(0, tokens, PIECE):
+            end = min(begin + PIECE, tokens)
+            piece = run.piece(begin, end)
+            part = {each: _of_piece(value, begin, end, tokens) for each, value in kwargs.items()}
+            part |= {"attention_mask": None if mask is None else mask[:, : past + end], name: cache, "use_cache": True}
+            piece.start()
+            if end < tokens:
+                language_model(**part)
+        piece.embeddings = part["inputs_embeds"]
+        piece.enter(cache, [layer for layer in cache.layers if isinstance(layer, PrunedLayer)])
+        return part
 
     def _after_embedder(self, embedder, args, embeddings):
         run = running()
@@ -190,4 +233,4 @@ class Pruning:
             self.stats = PruneStats(note=run.note, prompts=self.stats.prompts)
             return
         with torch.no_grad():
-            self.stats = prompt.prune(run, self.family, language_model, self.budget, self.stats.prompts + 1)
+            self.stats = prompt.prune(run, self.family, language_model, self.budget)

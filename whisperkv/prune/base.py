@@ -7,8 +7,6 @@ from typing import ClassVar, NamedTuple
 
 import torch
 
-from .hearing import silent_tokens
-
 
 @dataclass(frozen=True)
 class Meta:
@@ -26,14 +24,10 @@ class Meta:
     embeddings: torch.Tensor | None  # [rows, audio, width], what the audio encoder gave the language model
     rate: float  # audio tokens a second; 0 where the family does not know
     features: torch.Tensor | None = None  # [clips, mels, columns], what the model was given
+    silent: torch.Tensor | None = None  # bool [rows, audio], tokens without speech; None if that cannot be told
+    since: torch.Tensor | None = None  # int64 [rows, audio], of speech, how many tokens ago it began; -1 of silence
+    heard: torch.Tensor | int = 0  # int64 [rows, 1], audio tokens that the row had before, in earlier turns or pieces
     shared: dict = field(default_factory=dict)  # by a pruner's own key: what all layers of one prompt have in common
-
-    @property
-    def silent(self):
-        """bool [rows, audio]: tokens without speech; None if that cannot be told. whisperkv.listen(processor) tells best."""
-        if "silent" not in self.shared:
-            self.shared["silent"] = silent_tokens(self.features, self.clip, self.present)
-        return self.shared["silent"]
 
 
 class Kept(NamedTuple):
@@ -49,10 +43,14 @@ class BasePruner:
     """Which of the audio tokens of a prompt stay in the cache. A pruner of one's own overrides score, at least.
 
     needs_attention  whether score() looks at attn_weights, which cost time to add up
+    needs_silence    whether it looks at meta.silent or meta.since
+    streams          whether scores of different pieces of an audio can be held against one another, for stream=True
     every            of the audio's own queries every so many-th is added up; all queries of the text after it are
     """
 
     needs_attention: ClassVar[bool] = False
+    needs_silence: ClassVar[bool] = False
+    streams: ClassVar[bool] = False
     every: ClassVar[int] = 8
 
     def score(self, k, v, attn_weights, meta):

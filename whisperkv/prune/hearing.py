@@ -7,17 +7,18 @@ from ..trim import silent_frames
 PAUSE = 11  # frames of 20 ms: a shorter one is part of the speech
 
 
-def silent_tokens(features, clip, present):
-    """bool [rows, audio]: tokens of silence alone; None where features cannot be told apart token by token.
+def silent_tokens(features, audio):
+    """bool [rows, tokens]: tokens of silence alone; None where features cannot be told apart token by token.
 
     features  [clips, mels, columns], of all clips in the order of the rows
-    clip      of each token the clip of its row that it is of, [rows, audio], where `present`
+    audio     bool [rows, tokens]: which tokens stand for audio; what stands together is one clip
     """
     if features is None or features.dim() != 3:
         return None
-    counts = [int(((numbers == number) & there).sum()) for numbers, there in zip(clip, present, strict=True)
-              for number in range(int(numbers.max()) + 1)]  # fmt: skip
-    counts = [count for count in counts if count]
+    begins = audio.clone()
+    begins[:, 1:] &= ~audio[:, :-1]
+    clip = (begins.flatten().cumsum(0) - 1)[audio.flatten()]
+    counts = clip.bincount().tolist()
     clips = len(features)
     if clips != len(counts):  # a clip came as several windows, as Voxtral's do
         if clips == 0 or sum(counts) % clips:
@@ -35,6 +36,6 @@ def silent_tokens(features, clip, present):
         sums = torch.nn.functional.pad(silent[number, :frames].cumsum(0), (1, 0))
         width = (edges[1:] - edges[:-1]).clamp(min=1)
         quiet.append(sums[edges[1:]] - sums[edges[:-1]] >= width)
-    result = torch.zeros_like(present)
-    result[present] = torch.cat(quiet).to(result.device)
+    result = torch.zeros_like(audio)
+    result[audio] = torch.cat(quiet).to(result.device)
     return result

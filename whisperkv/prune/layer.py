@@ -22,6 +22,8 @@ class PrunedLayer(CacheLayerMixin):
         super().__init__()
         self.keys, self.values = keys, values
         self.bias = None  # float32 [rows, slots], added to the logits, or None
+        self.scores = None  # float32 [rows, slots], of audio that may still go; inf of all else
+        self.heard = 0  # audio tokens that a row was ever given, int64 [rows, 1]
         self.offsets, self.lengths = offsets, lengths  # int32 [rows, kv_heads]
         self.logical = logical
         self.tail = 0  # tokens at the end that crop() may take away
@@ -102,14 +104,16 @@ class PrunedLayer(CacheLayerMixin):
         spare = max(spare_of(lengths), least)
         self.offsets, slots = rooms(lengths, spare)
         rows = self.keys.shape[0]
-        held = (self.keys, self.values, self.bias)
-        self.keys, self.values, self.bias = (
-            None if was is None else was.new_zeros(rows, slots, *was.shape[2:]) for was in held
-        )
-        new = self.slots(torch.arange(place.shape[-1], device=place.device).expand_as(place))[there]
-        for was, ours in zip(held, (self.keys, self.values, self.bias), strict=True):
-            if was is not None:
-                ours.view(-1, *ours.shape[2:])[new] = was.view(-1, *was.shape[2:])[old]
+        held = {name: getattr(self, name) for name in ("keys", "values", "bias", "scores")}
+        new = None
+        for name, was in held.items():
+            if was is None:
+                continue
+            ours = was.new_full((rows, slots, *was.shape[2:]), torch.inf if name == "scores" else 0)
+            setattr(self, name, ours)
+            if new is None:
+                new = self.slots(torch.arange(place.shape[-1], device=place.device).expand_as(place))[there]
+            ours.view(-1, *ours.shape[2:])[new] = was.view(-1, *was.shape[2:])[old]
         self.lengths, self.spare = lengths, spare
 
     def keep_of_last(self, stays, visible):
@@ -120,6 +124,28 @@ class PrunedLayer(CacheLayerMixin):
         kept = torch.cat([old < before[..., None], stays], -1)
         order = places(kept)
         self.keep(torch.cat([old, new], -1).gather(-1, order.clamp(min=0)).masked_fill(order < 0, -1))
+
+    def keep_best(self, scores, visible, counts):
+        """Of all audio so far keep that of the highest scores, so many tokens of each row, [rows, 1]. Of the tokens of the
+        last pass these are the scores, [rows, kv_heads, tokens], inf of text; `visible` of them have entered."""
+        if self.scores is None:
+            self.scores = self.keys.new_full(self.keys.shape[:2], torch.inf, dtype=torch.float32)
+        there = visible[:, None].expand_as(scores)
+        place = self.lengths.long()[..., None] - visible.sum(-1)[:, None, None] + (visible.cumsum(-1) - 1)[:, None]
+        self.scores.view(-1)[self.slots(place)[there]] = scores[there]
+        place = torch.arange(int(self.lengths.max()), device=self.device).expand(*self.lengths.shape, -1)
+        filled = place < self.lengths[..., None]
+        held = self.scores.view(-1)[self.slots(place.minimum(self.lengths[..., None].long() - 1).clamp(min=0))]
+        is_audio = filled & held.isfinite()
+        order = held.masked_fill(~is_audio, -torch.inf).argsort(dim=-1, descending=True, stable=True)
+        rank = torch.empty_like(order).scatter_(-1, order, place)
+        self.keep(places(filled & (~is_audio | (rank < counts[..., None]))))
+
+    def audio_kept(self):
+        """int64 [rows, kv_heads], after keep_best()."""
+        place = torch.arange(int(self.lengths.max()), device=self.device).expand(*self.lengths.shape, -1)
+        held = self.scores.view(-1)[self.slots(place.minimum(self.lengths[..., None].long() - 1).clamp(min=0))]
+        return (held.isfinite() & (place < self.lengths[..., None])).sum(-1)
 
     def _grow(self, queries):
         place = torch.arange(int(self.lengths.max()), device=self.device).expand(*self.lengths.shape, -1)
@@ -157,14 +183,12 @@ class PrunedLayer(CacheLayerMixin):
         self.lengths, self.logical = self.lengths - remove, self.logical - remove
         self.tail -= remove
         self.spare += remove
-        if self.bias is not None and remove:
-            place = self.lengths.long()[..., None] + torch.arange(remove, device=self.device)
-            self.bias.view(-1)[self.slots(place).flatten()] = 0
 
     def _of_rows(self, function):
         self.keys, self.values = function(self.keys), function(self.values)
         self.offsets, self.lengths = function(self.offsets), function(self.lengths)
-        self.bias = None if self.bias is None else function(self.bias)
+        self.bias, self.scores = (None if each is None else function(each) for each in (self.bias, self.scores))
+        self.heard = function(self.heard) if isinstance(self.heard, torch.Tensor) else self.heard
 
     def reorder_cache(self, beam_idx):
         self._of_rows(lambda tensor: tensor.index_select(0, beam_idx.to(tensor.device)))
@@ -190,7 +214,7 @@ class PrunedLayer(CacheLayerMixin):
         return rows * heads * self.logical * width * self.keys.element_size()
 
     def bytes(self):
-        held = (self.keys, self.values, self.offsets, self.lengths) + (() if self.bias is None else (self.bias,))
+        held = (self.keys, self.values, self.offsets, self.lengths) + tuple(each for each in (self.bias, self.scores) if each is not None)
         return sum(tensor.numel() * tensor.element_size() for tensor in held)
 
 

@@ -3,7 +3,7 @@
 import torch
 from transformers.cache_utils import DynamicLayer
 
-from .base import BasePruner, Kept, Meta, places, take
+from .base import BasePruner, Kept, Meta, kept_of, places, take
 from .layer import PrunedLayer
 from .records import PruneStats
 
@@ -43,6 +43,9 @@ class Prompt:
         self.embeddings = run.embeddings
         if run.embeddings is not None:
             self.embeddings = run.embeddings.gather(1, self.index[..., None].expand(-1, -1, run.embeddings.shape[-1]))
+        silent = run.silent() if run.pruner.needs_silence else None
+        self.silent = None if silent is None else silent.gather(1, self.index) & self.present
+        self.since = None if silent is None else run.since().gather(1, self.index)
 
     def _seen(self):
         """float32 [rows, audio]: how many of the queries whose attention was added up could see a token."""
@@ -50,10 +53,9 @@ class Prompt:
         asked[:, self.run.choose_queries().long()] = 1
         return (asked * self.visible).flip(-1).cumsum(-1).flip(-1).gather(1, self.index)
 
-    def choose(self, number, keys, values, budget):
-        """What the pruner keeps of a layer's audio: the places of its tokens among the audio's, [rows, kv_heads, kept],
-        -1 behind the last, and what it makes of them, None if they stay as they are."""
-        pruner, where = self.pruner, self.index[:, None].expand(-1, keys.shape[1], -1)
+    def score(self, number, keys, values, heard):
+        """(keys, values, scores) of a layer's audio, [rows, kv_heads, audio, ...]; scores of what is not there are -inf."""
+        where = self.index[:, None].expand(-1, keys.shape[1], -1)
         k, v = take(keys, where), take(values, where)
         received = self.run.received.pop(number, None)
         received = None if received is None else received.gather(2, where)
@@ -67,20 +69,36 @@ class Prompt:
             embeddings=self.embeddings,
             rate=self.rate,
             features=self.run.features,
+            silent=self.silent,
+            since=self.since,
+            heard=heard,
             shared=self.shared,
         )
-        scores = pruner.score(k, v, received, meta)
+        scores = self.pruner.score(k, v, received, meta)
         if tuple(scores.shape) != tuple(k.shape[:3]):
             raise ValueError(
-                f"{type(pruner).__name__}.score must return [rows, kv_heads, audio], here {list(k.shape[:3])}; got "
+                f"{type(self.pruner).__name__}.score must return [rows, kv_heads, audio], here {list(k.shape[:3])}; got "
                 f"{list(scores.shape)}"
             )
-        least = torch.finfo(torch.float32).min
-        scores = scores.float().nan_to_num(nan=least, neginf=least).masked_fill(~self.present[:, None], -torch.inf)
-        chosen = pruner.select(scores, budget)
-        if type(pruner).apply is BasePruner.apply:
+        most = torch.finfo(torch.float32).max
+        scores = scores.float().nan_to_num(nan=-most, posinf=most, neginf=-most)
+        return k, v, scores.masked_fill(~self.present[:, None], -torch.inf)
+
+    def choose(self, k, v, scores, budget):
+        """What the pruner keeps of a layer's audio: the places of its tokens among the audio's, [rows, kv_heads, kept],
+        -1 behind the last, and what it makes of them, None if they stay as they are."""
+        chosen = self.pruner.select(scores, budget)
+        if type(self.pruner).apply is BasePruner.apply:
             return chosen, None
         return chosen, self._made_of(k, v, chosen)
+
+    def of_all(self, scores):
+        """Of each token of the pass: inf of text. float32 [rows, kv_heads, tokens]"""
+        spread = scores.new_full((*scores.shape[:2], self.audio.shape[1] + 1), torch.inf)
+        where = self.index.masked_fill(~self.present, self.audio.shape[1])
+        return spread.scatter_(2, where[:, None].expand_as(scores), scores)[..., :-1].masked_fill(
+            ~self.audio[:, None], torch.inf
+        )
 
     def _made_of(self, k, v, chosen):
         """What the pruner makes of the chosen: of rows that have as much audio together, so that it sees no gaps."""
@@ -115,11 +133,12 @@ class Prompt:
         return place.masked_fill(chosen < 0, -1)
 
 
-def prune(run, family, language_model, budget, prompts):
+def prune(run, family, language_model, budget):
     """Prune the audio of the pass that has just ended, in every layer that the family lets us, and say what was done."""
     cache = run.cache
     prompt = Prompt(run, family.rate, len(cache.layers))
-    counts, held, full = [], 0, 0
+    tokens = prompt.audio.shape[1]
+    counts, held, full, heard = [], 0, 0, 0
     for number, layer in enumerate(cache.layers):
         if not isinstance(layer, DynamicLayer | PrunedLayer) or not family.prunes(language_model, number):
             continue
@@ -127,28 +146,51 @@ def prune(run, family, language_model, budget, prompts):
             continue
         is_new = isinstance(layer, DynamicLayer)
         keys, values = (layer.keys, layer.values) if is_new else layer.passed
-        chosen, kept = prompt.choose(number, keys, values, budget)
-        stays = prompt.stays(chosen)
-        if is_new:
-            before = torch.zeros_like(stays[..., 0], dtype=torch.int64)
-            cache.layers[number] = layer = PrunedLayer.gather(keys, values, places(stays), layer.get_seq_length())
+        before = 0 if is_new else layer.heard
+        k, v, scores = prompt.score(number, keys[:, :, -tokens:], values[:, :, -tokens:], before)
+        visible = prompt.visible[:, None].expand(-1, k.shape[1], -1)
+        kept = None
+        if run.streams:
+            stays = visible
         else:
-            before = layer.lengths.long() - prompt.visible.sum(-1)[:, None]
-            layer.keep_of_last(stays, prompt.visible)
+            chosen, kept = prompt.choose(k, v, scores, budget)
+            stays = prompt.stays(chosen)
+        if is_new:
+            first = _earlier(run, layer.get_seq_length() - tokens, visible)
+            index = places(torch.cat([first, stays], -1))
+            cache.layers[number] = layer = PrunedLayer.gather(keys, values, index, layer.get_seq_length())
+            ahead = first.sum(-1)
+        else:
+            ahead = layer.lengths.long() - prompt.visible.sum(-1)[:, None]
+            if not run.streams:
+                layer.keep_of_last(stays, prompt.visible)
         layer.tail, layer.passed = prompt.tail, None
+        layer.heard = heard = prompt.present.sum(-1, keepdim=True) + before
+        if run.streams:
+            layer.keep_best(prompt.of_all(scores), prompt.visible, kept_of(heard, budget))
+            stay = layer.audio_kept()
+        else:
+            stay = (chosen >= 0).sum(-1)
         if kept is not None:
-            layer.hold(prompt.at(chosen, stays, before), kept)
-        counts.append(tuple((chosen >= 0).sum(-1).double().mean(0).tolist()))
+            layer.hold(prompt.at(chosen, stays, ahead), kept)
+        counts.append(tuple(stay.double().mean(0).tolist()))
         held += layer.bytes()
         full += layer.bytes_full()
     if not counts:
-        return PruneStats(note="not pruned: no layer of the model looks at all tokens", prompts=prompts - 1)
+        return PruneStats(note="not pruned: no layer of the model looks at all tokens", prompts=run.number - 1)
     return PruneStats(
         rows=prompt.audio.shape[0],
-        tokens=int(prompt.visible.sum(-1).max()),
-        audio_tokens=int(prompt.present.sum(-1).max()),
+        tokens=int(prompt.visible.sum(-1).max()) + (0 if run.earlier is None else int(run.earlier.sum(-1).max())),
+        audio_tokens=int((heard if run.streams else prompt.present.sum(-1)).max()),
         kept=tuple(counts),
         bytes=held,
         bytes_full=full,
-        prompts=prompts,
+        prompts=run.number,
     )
+
+
+def _earlier(run, tokens, like):
+    """bool [rows, kv_heads, tokens]: which of the tokens before the pass are no padding."""
+    if run.earlier is None or not tokens:
+        return like.new_ones(*like.shape[:2], tokens)
+    return run.earlier[:, None, -tokens:].expand(-1, like.shape[1], -1)

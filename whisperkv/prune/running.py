@@ -4,6 +4,8 @@ from contextvars import ContextVar
 
 import torch
 
+from .hearing import silent_tokens
+
 _RUNNING = ContextVar("whisperkv.prune", default=None)
 
 
@@ -19,6 +21,9 @@ class Run:
         self.family, self.pruner = family, pruner
         self.audio = audio  # bool [rows, tokens], or None where no token is audio
         self.visible = visible  # bool [rows, tokens], or None if all are
+        self.earlier = None  # the same of the tokens before the pass
+        self.is_piece = self.streams = False  # of a prompt that is read in pieces
+        self.number = 0  # of the prompt since apply()
         self.embedded = True  # whether the model was given embeddings instead of tokens
         self.asks_attentions = False
         self.is_special = False  # whether its attention is of a kind that ours is not
@@ -29,6 +34,35 @@ class Run:
         self.received = {}  # of a layer's number: attention that its tokens have received from all that read them
         self.queries = None  # whose attention is added up
         self._pruned = frozenset()
+        self._silent = self._since = None
+
+    def piece(self, begin, end):
+        """A pass over some tokens of this one."""
+        some = slice(begin, end)
+        audio = self.audio[:, some]
+        piece = Run(self.family, self.pruner, audio if bool(audio.any()) else None, _part(self.visible, some))
+        piece.is_piece, piece.streams, piece.number, piece.embedded = True, self.streams, self.number, self.embedded
+        if begin and self.visible is not None:
+            piece.earlier = self.visible[:, :begin]
+        if self.pruner.needs_silence:
+            piece._silent, piece._since = _part(self.silent(), some), _part(self.since(), some)
+        piece.features = self.features
+        return piece
+
+    def silent(self):
+        """bool [rows, tokens]: audio without speech; None if that cannot be told."""
+        if self._silent is None and not self.is_piece:
+            audio = self.audio if self.visible is None else self.audio & self.visible
+            self._silent = silent_tokens(self.features, audio)
+        return self._silent
+
+    def since(self):
+        """int64 [rows, tokens]: of speech, how many tokens ago it began; -1 of all else. None if that cannot be told."""
+        if self._since is None and self.silent() is not None:
+            speech = self.audio & ~self.silent()
+            place = torch.arange(speech.shape[1], device=speech.device).expand_as(speech)
+            self._since = (place - place.masked_fill(speech, -1).cummax(-1).values - 1).masked_fill(~speech, -1)
+        return self._since
 
     def start(self):
         _RUNNING.set(self)
@@ -68,3 +102,7 @@ class Run:
             chosen[:: self.pruner.every] = True
             self.queries = torch.arange(tokens, device=self.audio.device)[chosen].int()
         return self.queries
+
+
+def _part(tensor, some):
+    return None if tensor is None else tensor[:, some]

@@ -42,6 +42,8 @@ class SaliencyHead(nn.Module):
 class _Listening(BasePruner):
     """Keeps all, and remembers what it heard."""
 
+    needs_silence = True
+
     def __init__(self):
         self.heard = []
 

@@ -7,6 +7,7 @@ from .chunk_vad import ChunkVad
 from .head_l1 import HeadL1
 from .merge import Merge
 from .random import Random
+from .streaming_anchor import StreamingAnchor
 from .stride import Stride
 from .token_attn_recency import TokenAttnRecency
 from .token_saliency import TokenSaliency
@@ -16,6 +17,7 @@ PRUNERS = {
     "token_attn_recency": TokenAttnRecency,
     "chunk_vad": ChunkVad,
     "token_saliency": TokenSaliency,
+    "streaming_anchor": StreamingAnchor,
     "head_l1": HeadL1,
     "merge": Merge,
     "random": Random,
@@ -28,6 +30,11 @@ GROUP = "whisperkv.pruners"
 def names():
     """Of all pruners that are here."""
     return sorted({*PRUNERS, *(entry.name for entry in entry_points(group=GROUP))})
+
+
+def streaming():
+    """Names of ours that can stream."""
+    return [name for name, kind in PRUNERS.items() if kind.streams]
 
 
 def pruner_of(pruner, settings):

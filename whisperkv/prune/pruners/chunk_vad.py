@@ -17,6 +17,7 @@ class ChunkVad(BasePruner):
 
     every_silent: int = 4
     needs_attention: ClassVar[bool] = True
+    needs_silence: ClassVar[bool] = True
 
     def score(self, k, v, attn_weights, meta):
         silent = meta.silent

@@ -25,6 +25,7 @@ class TokenSaliency(BasePruner):
     saliency: float = 0.5
     recency: float = 0.1
     needs_attention: ClassVar[bool] = True
+    needs_silence: ClassVar[bool] = True
 
     def __post_init__(self):
         for name in ("saliency", "recency"):

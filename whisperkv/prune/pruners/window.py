@@ -1,4 +1,5 @@
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 
@@ -9,5 +10,8 @@ from ..base import BasePruner
 class Window(BasePruner):
     """The last audio tokens."""
 
+    streams: ClassVar[bool] = True
+
     def score(self, k, v, attn_weights, meta):
-        return torch.arange(k.shape[2], device=k.device).float().expand(k.shape[:3])
+        place = torch.arange(k.shape[2], device=k.device) + meta.heard
+        return place.float().expand(k.shape[0], -1)[:, None].expand(k.shape[:3])
