@@ -1,7 +1,7 @@
 """Every pruner beside the full cache on the trained speech LLMs: python benchmarks/pruning.py
 
 Exact match and digit error rate of greedy decodes, each of --seeds a test set (and a lot) of its own, with 95 %
-intervals over all sequences (bootstrap), and the wins over `random` in pairs. benchmarks/speech_llm.py trains the models.
+intervals over all sequences (bootstrap), and the wins over `random` in pairs. speech_llm.py trains the models.
 """
 
 import argparse

@@ -5,7 +5,8 @@ WHISPERKV_FUZZ=<number> for another seed, which a failure names with its case.
 """
 
 import random
-from typing import Callable, NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple
 
 import pytest
 import reference

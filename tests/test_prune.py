@@ -8,19 +8,30 @@ from importlib.metadata import EntryPoint
 import pytest
 import torch
 from speech_models import (
-    AUDIO, KV_HEADS, LAYERS, MELS, MODELS, TEXT, VOCABULARY, language_model, layers_read, lengths, make, mels, prompt,
+    AUDIO,
+    KV_HEADS,
+    LAYERS,
+    MODELS,
+    TEXT,
+    VOCABULARY,
+    language_model,
+    layers_read,
+    lengths,
+    make,
+    mels,
+    prompt,
 )  # fmt: skip
 from transformers import AttentionInterface, LlamaConfig, LlamaForCausalLM
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 from whisperkv import prune
-from whisperkv.prune import BasePruner
-from whisperkv.prune import pruners
+from whisperkv.prune import BasePruner, pruners
 from whisperkv.prune.base import places
 from whisperkv.prune.layer import PrunedLayer
 
 GREEDY = dict(
-    max_new_tokens=12, do_sample=False, return_dict_in_generate=True, output_scores=True, eos_token_id=None, pad_token_id=0,
+    max_new_tokens=12, do_sample=False, return_dict_in_generate=True, output_scores=True, eos_token_id=None,
+    pad_token_id=0,
 )  # fmt: skip
 
 
@@ -144,7 +155,9 @@ def test_read_in_pieces(family, beams, monkeypatch):
     tokens = inputs["input_ids"].shape[1]
     pieces = 1 if model.config.model_type == "phi4_multimodal" else -(-tokens // 9)
     assert len(passes) == pieces + len(read.scores) - 1
-    assert (stats.prompts, stats.note) == (1, "") and stats.audio_tokens == int((inputs["input_ids"] == AUDIO).sum(-1).max())
+    assert (stats.prompts, stats.note) == (1, "") and stats.audio_tokens == int(
+        (inputs["input_ids"] == AUDIO).sum(-1).max()
+    )
 
 
 def layers_of(output):
@@ -152,7 +165,9 @@ def layers_of(output):
 
 
 class TestOfWhatIsKept:
-    @pytest.mark.parametrize("budget, expected", [(0.5, [25, 15, 10]), (1, [1, 1, 1]), (24, [24, 24, 20]), (0.01, [1, 1, 1])])
+    @pytest.mark.parametrize(
+        "budget, expected", [(0.5, [25, 15, 10]), (1, [1, 1, 1]), (24, [24, 24, 20]), (0.01, [1, 1, 1])]
+    )
     @pytest.mark.parametrize("name", ["random", "stride", "window", "token_attn_recency"])
     def test_budget(self, qwen, name, budget, expected):
         model, inputs = qwen
@@ -246,8 +261,9 @@ class TestOfWhatIsKept:
             index = torch.tensor(index).expand(1, KV_HEADS, -1)
             layer = PrunedLayer.gather(keys, values, index, 6)
             if counts is not None:
-                kept = prune.Kept(keys.gather(2, index[..., None].expand(-1, -1, -1, 16)), values.gather(
-                    2, index[..., None].expand(-1, -1, -1, 16)), torch.tensor(counts).expand(1, KV_HEADS, -1))  # fmt: skip
+                there = index[..., None].expand(-1, -1, -1, 16)
+                weights = torch.tensor(counts).expand(1, KV_HEADS, -1)
+                kept = prune.Kept(keys.gather(2, there), values.gather(2, there), weights)
                 layer.hold(torch.arange(len(counts)).expand(1, KV_HEADS, -1), kept)
             return ragged_attention(query, layer, 0.25)
 
@@ -418,7 +434,10 @@ class TestOfDecoding:
     def test_left_alone(self, qwen):
         model, inputs = qwen
         before = model.generate(**inputs, **GREEDY)
-        for options, note in (({"cache_implementation": "static"}, "static"), ({"output_attentions": True}, "attentions")):
+        for options, note in (
+            ({"cache_implementation": "static"}, "static"),
+            ({"output_attentions": True}, "attentions"),
+        ):
             if note == "attentions":
                 model.set_attn_implementation("eager")
             with prune.apply(model, "random"):

@@ -13,8 +13,8 @@ soundfile = pytest.importorskip("soundfile")
 pytest.importorskip("soxr")
 
 TEMPLATE = (
-    "{% for message in messages %}{% for part in message['content'] %}{% if part['type'] == 'audio' %}<|audio_bos|><|AUDIO|>"
-    "<|audio_eos|>{% else %}{{ part['text'] }}{% endif %}{% endfor %}{% endfor %} answer"
+    "{% for message in messages %}{% for part in message['content'] %}{% if part['type'] == 'audio' %}"
+    "<|audio_bos|><|AUDIO|><|audio_eos|>{% else %}{{ part['text'] }}{% endif %}{% endfor %}{% endfor %} answer"
 )
 
 
@@ -32,7 +32,11 @@ def folder(tmp_path_factory):
         del words[f"w{number}"]
         words[name] = number
     words |= {word: 20 + at for at, word in enumerate(("answer", "Transcribe", "the", "audio.", "what?"))}
-    words = {word: number for word, number in words.items() if not word.startswith("w") or not 20 <= number < 25 or word == "what?"}
+    words = {
+        word: number
+        for word, number in words.items()
+        if not word.startswith("w") or not 20 <= number < 25 or word == "what?"
+    }
     plain = Tokenizer(models.WordLevel(words, unk_token="<pad>"))
     plain.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     plain.add_special_tokens([AddedToken(name, special=True) for name in special])
@@ -108,7 +112,9 @@ def test_bad_input(folder, recordings, capsys, arguments, complaint):
 
 def test_not_a_speech_llm(tmp_path, recordings, capsys):
     transformers.LlamaForCausalLM(
-        transformers.LlamaConfig(vocab_size=20, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1)
+        transformers.LlamaConfig(
+            vocab_size=20, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1
+        )
     ).save_pretrained(tmp_path)
     with pytest.raises(SystemExit):
         run(capsys, "--model", tmp_path, "--audio", recordings[0])

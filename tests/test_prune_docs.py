@@ -51,6 +51,8 @@ def test_example_package(tmp_path):
         "print(prune.names()); print(pruner_of('loudest', {'power': 1.0}))"
     )
     path = os.pathsep.join([str(tmp_path / "there"), str(DOCS.parent)])
-    done = subprocess.run([sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True
+    )
     assert "'loudest'" in done.stdout and "Loudest(power=1.0)" in done.stdout, done.stderr
     assert "loudest" not in prune.names()

@@ -6,7 +6,19 @@ import pytest
 import torch
 import transformers as T
 from speech_models import (
-    AUDIO, FRAMES, KV_HEADS, LAYERS, MELS, MODELS, TEXT, Listening, Stacking, language_model, layers_read, make, prompt,
+    AUDIO,
+    FRAMES,
+    KV_HEADS,
+    LAYERS,
+    MELS,
+    MODELS,
+    TEXT,
+    Listening,
+    Stacking,
+    language_model,
+    layers_read,
+    make,
+    prompt,
 )  # fmt: skip
 from test_prune import GREEDY, Drawn, furthest, masked
 from transformers import DynamicCache
@@ -66,7 +78,6 @@ class TestOfEveryFamily:
             assert prune.stats(model).prompts == 1
         assert (pruned.sequences[:, inputs["input_ids"].shape[1] :] == AUDIO).all()
         assert furthest(expected, pruned) < 2e-4  # of 500
-
 
     @pytest.mark.parametrize("name", sorted(MODELS))
     def test_silence(self, name):

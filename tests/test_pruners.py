@@ -143,7 +143,9 @@ class TestOfMerging:
                 best = costs.index(min(costs))
                 groups[best : best + 2] = [groups[best] + groups[best + 1]]
             ours = self.chosen(keys, budget)[0, 0].tolist()
-            assert len(set(ours) - {group[0] for group in groups}) <= budget // 10  # pairs that overtake others are rare
+            assert (
+                len(set(ours) - {group[0] for group in groups}) <= budget // 10
+            )  # pairs that overtake others are rare
 
     def test_close_to_the_best_partition(self):
         """Against the exact best cut into groups, found by dynamic programming."""
@@ -225,7 +227,10 @@ class TestOfTheHead:
     def test_saved_and_used(self, trained, tmp_path):
         model, given, head, _ = trained
         head.save(tmp_path / "head.safetensors")
-        with torch.no_grad(), prune.apply(model, "token_saliency", budget=20, head=tmp_path / "head.safetensors", saliency=1.0):
+        with (
+            torch.no_grad(),
+            prune.apply(model, "token_saliency", budget=20, head=tmp_path / "head.safetensors", saliency=1.0),
+        ):
             model(**given)
             assert prune.stats(model).kept[0] == (20.0, 20.0)
         again = SaliencyHead.load(tmp_path / "head.safetensors")

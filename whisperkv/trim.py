@@ -91,8 +91,8 @@ def kept_frames(features, attention_mask, trim):
 
 
 def silent_frames(features, stretch=STRETCH):
-    """bool [audios, frames]: where no speech is for so many frames (an odd number), by voice.listen() or energy, padding
-    included. As kept_frames."""
+    """bool [audios, frames]: where no speech is for so many frames (an odd number), by voice.listen() or energy,
+    padding included. As kept_frames."""
     values = features.float()
     flat = values.amin(1) == values.amax(1)
     return _stretches(_quiet(values, flat, flat), stretch)

@@ -1,7 +1,7 @@
 """Speech LLMs with part of their audio pruned out of the cache.
 
-    with whisperkv.prune.apply(model, "merge", budget=0.5):
-        model.generate(**inputs)
+with whisperkv.prune.apply(model, "merge", budget=0.5):
+    model.generate(**inputs)
 """
 
 from .applying import Pruning, apply, remove, stats

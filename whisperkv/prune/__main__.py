@@ -24,9 +24,17 @@ def main(arguments=None):
     parser.add_argument("--pruner", help=f"{', '.join(names())} (default: merge; with --stream streaming_anchor)")
     parser.add_argument("--budget", default="0.5", help="audio tokens that stay: a share, as 0.5, or a number, as 200")
     parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="a setting of the pruner")
-    parser.add_argument("--seed", type=int, default=0, help="of pruners that draw, and of sampling (default: %(default)s)")
-    parser.add_argument("--out", help="JSON lines, one a recording: file, text, tokens kept, bytes (default: text only)")
-    parser.add_argument("--stream", action="store_true", help="read the audio in pieces and prune as they arrive; print words as they come")
+    parser.add_argument(
+        "--seed", type=int, default=0, help="of pruners that draw, and of sampling (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--out", help="JSON lines, one a recording: file, text, tokens kept, bytes (default: text only)"
+    )
+    parser.add_argument(
+        "--stream",
+        action="store_true",
+        help="read the audio in pieces and prune as they arrive; print words as they come",
+    )
     parser.add_argument("--max-new-tokens", type=int, default=444)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, help="of the CPU")
@@ -110,7 +118,9 @@ def answer(model, processor, file, pruner, budget, options):
     samples = read_audio(file)
     inputs = inputs_of(processor, samples, options.prompt).to(model.device, dtype=model.dtype)
     tokenizer = getattr(processor, "tokenizer", processor)
-    streamer = transformers.TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True) if options.stream else None
+    streamer = (
+        transformers.TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True) if options.stream else None
+    )
     torch.manual_seed(options.seed)
     with torch.no_grad(), apply(model, pruner, budget=budget, stream=options.stream):
         begin = time.perf_counter()

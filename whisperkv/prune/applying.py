@@ -26,8 +26,8 @@ def apply(model, pruner="merge", budget=0.5, stream=False, **settings):
     model     one of the families of whisperkv.prune.families, from transformers
     pruner    the name of a pruner, as "merge", or one that was made
     budget    the share of the audio tokens that stay, or their number
-    stream    read a prompt in pieces and prune as they arrive, so that never more than the budget and a piece is held; the
-              budget counts over all pieces and turns. For pruners whose scores can be compared over time, as
+    stream    read a prompt in pieces and prune as they arrive, so that never more than the budget and a piece is held;
+              the budget counts over all pieces and turns. For pruners whose scores can be compared over time, as
               "streaming_anchor". The logits of a prompt are then those of its last piece
     settings  of the pruner, by name: apply(model, "random", budget=0.5, seed=3)
 
@@ -194,7 +194,9 @@ class Pruning:
         tokens, past, mask = run.audio.shape[1], cache.get_seq_length(), kwargs.get("attention_mask")
         if tokens <= PIECE or prompt.why_not(cache, run) or not (mask is None or getattr(mask, "ndim", 0) == 2):
             return kwargs
-        if kwargs.get("inputs_embeds") is None:  # a model that hears inside its language model: its prompt is in one piece
+        if (
+            kwargs.get("inputs_embeds") is None
+        ):  # a model that hears inside its language model: its prompt is in one piece
             return kwargs
         part = None
         for begin in range(0, tokens, PIECE):
@@ -220,8 +222,8 @@ class Pruning:
             self.stats = PruneStats(note=note, prompts=self.stats.prompts)
             return
         raise ValueError(
-            f"no audio in the prompt: token {self.audio_token}, which stands for it, is not in input_ids. For text alone call "
-            "whisperkv.prune.remove(model) first"
+            f"no audio in the prompt: token {self.audio_token}, which stands for it, is not in input_ids. For text alone "
+            "call whisperkv.prune.remove(model) first"
         )
 
     def _after_language_model(self, language_model, args, kwargs, output):

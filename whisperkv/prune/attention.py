@@ -57,7 +57,7 @@ def _layer_of(run, module):
 
 
 def ragged_attention(query, layer, scale):
-    """[rows, queries, heads, dim]: the last query sees all of a head's tokens, the one before it one less, and so on."""
+    """[rows, queries, heads, dim]: the last query sees all tokens of a head, the one before it one less, and so on."""
     if not ops.prunes(query):
         return in_torch.ragged_attention(query, layer, scale)
     keys, values = (each.view(-1, each.shape[-1]) for each in (layer.keys, layer.values))

@@ -60,7 +60,9 @@ class BasePruner:
         attn_weights  float32 [rows, kv_heads, audio], the attention that they received in the prompt, added up over
                       queries and the heads of a group; None unless needs_attention
         """
-        raise NotImplementedError(f"{type(self).__name__} must say how it scores tokens: score(k, v, attn_weights, meta)")
+        raise NotImplementedError(
+            f"{type(self).__name__} must say how it scores tokens: score(k, v, attn_weights, meta)"
+        )
 
     def select(self, scores, budget):
         """The tokens that stay, ascending: int64 [rows, kv_heads, kept], -1 behind the last of a head that keeps fewer.
@@ -69,23 +71,29 @@ class BasePruner:
         exists = scores > -math.inf
         count = kept_of(exists.sum(-1), budget)
         order = scores.argsort(dim=-1, descending=True, stable=True)
-        rank = torch.empty_like(order).scatter_(-1, order, torch.arange(order.shape[-1], device=order.device).expand_as(order))
+        rank = torch.empty_like(order).scatter_(
+            -1, order, torch.arange(order.shape[-1], device=order.device).expand_as(order)
+        )
         return places(exists & (rank < count[..., None]))
 
     def apply(self, k, v, kept_idx):
-        """What the cache holds of them: a Kept, or (keys, values). As it is: the tokens chosen, unchanged. Rows that are
-        given together have as many audio tokens."""
+        """What the cache holds of them: a Kept, or (keys, values). As it is: the tokens chosen, unchanged. Rows that
+        are given together have as many audio tokens."""
         return Kept(take(k, kept_idx), take(v, kept_idx))
 
 
 def check_budget(budget):
     if isinstance(budget, bool) or not isinstance(budget, Real):
-        raise TypeError(f"budget must be a share of the audio tokens, as 0.5, or a whole number of them; got {budget!r}")
+        raise TypeError(
+            f"budget must be a share of the audio tokens, as 0.5, or a whole number of them; got {budget!r}"
+        )
     if isinstance(budget, Integral):
         if budget < 1:
             raise ValueError(f"budget must be 1 audio token or more, or a share above 0 and up to 1.0; got {budget!r}")
     elif not 0 < budget <= 1:
-        raise ValueError(f"budget must be a share above 0 and up to 1.0, or a whole number of audio tokens; got {budget!r}")
+        raise ValueError(
+            f"budget must be a share above 0 and up to 1.0, or a whole number of audio tokens; got {budget!r}"
+        )
 
 
 def kept_of(count, budget):

@@ -30,7 +30,9 @@ def silent_tokens(features, audio):
     quiet = []
     for number, count in enumerate(counts):
         # Clips of one prompt are padded to one length in the features, and their tokens are not.
-        columns = int(heard[number].nonzero().max()) + 1 if count < full and bool(heard[number].any()) else features.shape[-1]
+        columns = (
+            int(heard[number].nonzero().max()) + 1 if count < full and bool(heard[number].any()) else features.shape[-1]
+        )
         frames = max(1, min(columns // 2, silent.shape[1]))
         edges = torch.linspace(0, frames, count + 1, device=silent.device).long()
         sums = torch.nn.functional.pad(silent[number, :frames].cumsum(0), (1, 0))

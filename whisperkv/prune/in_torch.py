@@ -23,7 +23,7 @@ def ragged_attention(query, layer, scale):
 
 
 def attention_received(query, positions, keys, visible, scale):
-    (rows, heads, _, dim), kv_heads, tokens = query.shape, keys.shape[1], keys.shape[2]
+    (rows, _, _, dim), kv_heads, tokens = query.shape, keys.shape[1], keys.shape[2]
     received, keys = query.new_zeros(rows, kv_heads, tokens, dtype=torch.float32), keys.float()
     place = torch.arange(tokens, device=query.device)
     for first in range(0, len(positions), 64):

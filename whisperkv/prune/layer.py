@@ -33,8 +33,8 @@ class PrunedLayer(CacheLayerMixin):
 
     @classmethod
     def gather(cls, keys, values, index, logical):
-        """Of keys and values [rows, kv_heads, tokens, dim], the tokens that index [rows, kv_heads, most] names, ascending,
-        -1 behind the last."""
+        """Of keys and values [rows, kv_heads, tokens, dim], the tokens that index [rows, kv_heads, most] names,
+        ascending, -1 behind the last."""
         there = index >= 0
         lengths = there.sum(-1, dtype=torch.int32)
         spare = spare_of(lengths)
@@ -70,9 +70,13 @@ class PrunedLayer(CacheLayerMixin):
         """Add tokens. What comes back is only they: our attention knows the others."""
         run = running()
         if run is None or not run.attends_to(self):
-            raise RuntimeError("the audio in this cache was pruned: call whisperkv.prune.apply(model, ...) to go on with it")
+            raise RuntimeError(
+                "the audio in this cache was pruned: call whisperkv.prune.apply(model, ...) to go on with it"
+            )
         if torch.is_grad_enabled() and (key_states.requires_grad or value_states.requires_grad):
-            raise RuntimeError("no gradient can pass through a cache whose audio was pruned: go on under torch.no_grad()")
+            raise RuntimeError(
+                "no gradient can pass through a cache whose audio was pruned: go on under torch.no_grad()"
+            )
         queries = key_states.shape[2]
         if queries > self.spare:
             self._grow(queries)
@@ -126,8 +130,8 @@ class PrunedLayer(CacheLayerMixin):
         self.keep(torch.cat([old, new], -1).gather(-1, order.clamp(min=0)).masked_fill(order < 0, -1))
 
     def keep_best(self, scores, visible, counts):
-        """Of all audio so far keep that of the highest scores, so many tokens of each row, [rows, 1]. Of the tokens of the
-        last pass these are the scores, [rows, kv_heads, tokens], inf of text; `visible` of them have entered."""
+        """Of all audio so far keep that of the highest scores, so many tokens of each row, [rows, 1]. Of the tokens of
+        the last pass these are the scores, [rows, kv_heads, tokens], inf of text; `visible` of them have entered."""
         if self.scores is None:
             self.scores = self.keys.new_full(self.keys.shape[:2], torch.inf, dtype=torch.float32)
         there = visible[:, None].expand_as(scores)
@@ -201,7 +205,9 @@ class PrunedLayer(CacheLayerMixin):
 
     def reset(self):
         """Before the next pass a new layer takes its place."""
-        self.keys, self.values, self.bias = (None if each is None else each[:, :0] for each in (self.keys, self.values, self.bias))
+        self.keys, self.values, self.bias = (
+            None if each is None else each[:, :0] for each in (self.keys, self.values, self.bias)
+        )
         self.logical = self.tail = 0
 
     def offload(self):
@@ -214,7 +220,9 @@ class PrunedLayer(CacheLayerMixin):
         return rows * heads * self.logical * width * self.keys.element_size()
 
     def bytes(self):
-        held = (self.keys, self.values, self.offsets, self.lengths) + tuple(each for each in (self.bias, self.scores) if each is not None)
+        held = (self.keys, self.values, self.offsets, self.lengths) + tuple(
+            each for each in (self.bias, self.scores) if each is not None
+        )
         return sum(tensor.numel() * tensor.element_size() for tensor in held)
 
 

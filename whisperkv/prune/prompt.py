@@ -54,7 +54,7 @@ class Prompt:
         return (asked * self.visible).flip(-1).cumsum(-1).flip(-1).gather(1, self.index)
 
     def score(self, number, keys, values, heard):
-        """(keys, values, scores) of a layer's audio, [rows, kv_heads, audio, ...]; scores of what is not there are -inf."""
+        """(keys, values, scores) of a layer's audio, [rows, kv_heads, audio, ...]; of what is not there -inf."""
         where = self.index[:, None].expand(-1, keys.shape[1], -1)
         k, v = take(keys, where), take(values, where)
         received = self.run.received.pop(number, None)
@@ -77,8 +77,8 @@ class Prompt:
         scores = self.pruner.score(k, v, received, meta)
         if tuple(scores.shape) != tuple(k.shape[:3]):
             raise ValueError(
-                f"{type(self.pruner).__name__}.score must return [rows, kv_heads, audio], here {list(k.shape[:3])}; got "
-                f"{list(scores.shape)}"
+                f"{type(self.pruner).__name__}.score must return [rows, kv_heads, audio], here {list(k.shape[:3])}; "
+                f"got {list(scores.shape)}"
             )
         most = torch.finfo(torch.float32).max
         scores = scores.float().nan_to_num(nan=-most, posinf=most, neginf=-most)
@@ -134,7 +134,7 @@ class Prompt:
 
 
 def prune(run, family, language_model, budget):
-    """Prune the audio of the pass that has just ended, in every layer that the family lets us, and say what was done."""
+    """Prune the audio of the pass that has just ended, in every layer that the family lets us; say what was done."""
     cache = run.cache
     prompt = Prompt(run, family.rate, len(cache.layers))
     tokens = prompt.audio.shape[1]

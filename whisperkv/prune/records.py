@@ -21,7 +21,11 @@ class PruneStats:
         lines = [f"{self.rows} rows of {self.tokens} tokens, {self.audio_tokens} of them audio"]
         if kept:
             lines.append(
-                f"audio tokens kept a head: {sum(kept) / len(kept):.1f} ({min(kept):.1f} to {max(kept):.1f}) in {len(self.kept)} layers"
+                f"audio tokens kept a head: {sum(kept) / len(kept):.1f} ({min(kept):.1f} to {max(kept):.1f}) in "
+                f"{len(self.kept)} layers"
             )
-            lines.append(f"cache {self.bytes / 1e6:.2f} MB, transformers {self.bytes_full / 1e6:.2f} MB ({self.bytes / self.bytes_full:.2f}x)")
+            lines.append(
+                f"cache {self.bytes / 1e6:.2f} MB, transformers {self.bytes_full / 1e6:.2f} MB "
+                f"({self.bytes / self.bytes_full:.2f}x)"
+            )
         return "\n".join(lines + ([self.note] if self.note else []))

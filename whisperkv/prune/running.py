@@ -57,7 +57,7 @@ class Run:
         return self._silent
 
     def since(self):
-        """int64 [rows, tokens]: of speech, how many tokens ago it began; -1 of all else. None if that cannot be told."""
+        """int64 [rows, tokens]: of speech, how many tokens ago it began; -1 of all else. None if it cannot be told."""
         if self._since is None and self.silent() is not None:
             speech = self.audio & ~self.silent()
             place = torch.arange(speech.shape[1], device=speech.device).expand_as(speech)

@@ -49,7 +49,9 @@ class _Listening(BasePruner):
 
     def score(self, k, v, attn_weights, meta):
         if meta.embeddings is None or meta.silent is None:
-            raise ValueError("of this model no audio token can be told to be speech or silence, so no head can be trained")
+            raise ValueError(
+                "of this model no audio token can be told to be speech or silence, so no head can be trained"
+            )
         if "heard" not in meta.shared:  # by the first layer
             meta.shared["heard"] = True
             self.heard.append((meta.embeddings[meta.present].float(), ~meta.silent[meta.present]))

@@ -22,9 +22,7 @@ class ChunkVad(BasePruner):
     def score(self, k, v, attn_weights, meta):
         silent = meta.silent
         if silent is None:
-            raise ValueError(
-                "chunk_vad cannot tell which of the features belong to which audio token of this model: choose another pruner"
-            )
+            raise ValueError("chunk_vad cannot tell which audio tokens of this model are silent: choose another pruner")
         received = (attn_weights.sum(1) / meta.seen.clamp(min=1)).masked_fill(~meta.present, 0)
         begins = torch.zeros_like(silent)
         begins[:, 1:] = (silent[:, 1:] != silent[:, :-1]) | (meta.clip[:, 1:] != meta.clip[:, :-1])

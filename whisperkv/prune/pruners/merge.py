@@ -9,8 +9,8 @@ from ..base import BasePruner, Kept
 class Merge(BasePruner):
     """Neighbours whose keys are alike become one token, which counts for all of them: nothing is dropped.
 
-    Every head joins its own, the most alike first, until the budget is met. A query then meets the mean of their keys, so
-    what it would have given to each hardly changes, and takes the mean of their values as often as they were.
+    Every head joins its own, the most alike first, until the budget is met. A query then meets the mean of their keys,
+    so what it would have given to each hardly changes, and takes the mean of their values as often as they were.
     """
 
     def score(self, k, v, attn_weights, meta):
@@ -34,10 +34,11 @@ def _means(tensor, of, counts):
 
 
 def heights(looks, clip, present):
-    """How much it costs to join each token to what stands before it, the first of a clip most: float32 [rows, heads, audio].
+    """How much it costs to join each token to what stands before it, the first of a clip most: float32 [rows, heads,
+    audio].
 
-    Ward's way: groups of neighbours are joined, and the cost is what that adds to the squared distances of tokens from the
-    mean of their group. Every pair that is the best for both of its groups is joined at once, which gives the groups
+    Ward's way: groups of neighbours are joined, and the cost is what that adds to the squared distances of tokens from
+    the mean of their group. Every pair that is the best for both of its groups is joined at once, which gives the groups
     that joining one pair after the other, the cheapest first, would have given.
     """
     rows, heads, audio = looks.shape[:3]

@@ -21,13 +21,17 @@ class StreamingAnchor(BasePruner):
 
     def __post_init__(self):
         if isinstance(self.anchor, bool) or not isinstance(self.anchor, int) or self.anchor < 1:
-            raise ValueError(f"streaming_anchor: anchor must be a whole number of tokens, 1 or more; got {self.anchor!r}")
+            raise ValueError(
+                f"streaming_anchor: anchor must be a whole number of tokens, 1 or more; got {self.anchor!r}"
+            )
         if isinstance(self.longer, bool) or not 0 <= self.longer < float("inf"):
             raise ValueError(f"streaming_anchor: longer must be a number of seconds, 0 or more; got {self.longer!r}")
 
     def score(self, k, v, attn_weights, meta):
         if meta.since is None:
-            raise ValueError("streaming_anchor cannot tell which audio tokens of this model are silent: take window instead")
+            raise ValueError(
+                "streaming_anchor cannot tell which audio tokens of this model are silent: take window instead"
+            )
         is_anchor = (meta.since >= 0) & (meta.since < self.anchor)
         place = torch.arange(k.shape[2], device=k.device) + meta.heard
         score = place + is_anchor * self.longer * (meta.rate or 12.5)

@@ -49,11 +49,13 @@ class TokenSaliency(BasePruner):
                 raise ValueError("token_saliency needs a head for this model: see whisperkv.prune.saliency.train")
             return 1 - meta.silent.float()
         if meta.embeddings is None:
-            raise ValueError("token_saliency cannot see what the audio encoder of this model gives: choose another pruner")
+            raise ValueError(
+                "token_saliency cannot see what the audio encoder of this model gives: choose another pruner"
+            )
         if isinstance(self.head, SaliencyHead) and self.head.width != meta.embeddings.shape[-1]:
             raise ValueError(
-                f"token_saliency: the head was trained for embeddings of {self.head.width} channels and this model's have "
-                f"{meta.embeddings.shape[-1]}"
+                f"token_saliency: the head was trained for embeddings of {self.head.width} channels and this model's "
+                f"have {meta.embeddings.shape[-1]}"
             )
         with torch.no_grad():
             return self.head(meta.embeddings).float().sigmoid().to(meta.present.device)
