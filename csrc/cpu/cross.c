@@ -11,10 +11,10 @@ INLINE void attend(const enum wkv_dtype dtype, const int bits, const bool is_nar
     const int64_t first = b * block, frames = least(block, w->length - first);
     if (frames <= 0) return;
     if (bits) score_codes(bits, w, first, frames);
-    else score_floats(dtype, is_narrow, w, first, frames);
+    else score_floats(dtype, is_narrow, false, w, first, frames);
     for (int64_t q = 0; q < w->queries; q++) soften(w, q, first, frames);
     if (bits) mix_codes(bits, is_narrow, w, first, frames);
-    else mix_floats(dtype, w, first, frames);
+    else mix_floats(dtype, false, w, first, frames);
   }
 }
 

@@ -65,12 +65,12 @@ INLINE struct work some_queries(const enum wkv_dtype dtype, const struct work *c
 
 INLINE void attend_block(const enum wkv_dtype dtype, const bool is_narrow, const float scale, struct work *const w,
                          const int64_t first, const int64_t slots) {
-  score_floats(dtype, is_narrow, w, first, slots);
+  score_floats(dtype, is_narrow, true, w, first, slots);
   for (int64_t q = 0; q < w->queries; q++) {
     multiply(w->logits + q * WKV_BLOCK, slots, scale);
     soften(w, q, first, slots);
   }
-  mix_floats(dtype, w, first, slots);
+  mix_floats(dtype, true, w, first, slots);
 }
 
 /* The last tokens see different slots: those of one token at a time, so that nobody reads what he does not see. */
