@@ -46,7 +46,10 @@ TASKS = {
     task.name: task
     for task in (
         Task("digits", stack=4, digits=(3, 7), gap=(0.05, 0.4), quieter=(15, 35)),
-        Task("pauses", stack=2, digits=(5, 8), gap=(0.3, 1.5), quieter=(12, 30), noises=(clips.pink_noise, clips.hum)),
+        Task(
+            "pauses", stack=2, digits=(5, 8), gap=(0.3, 1.5), quieter=(12, 30), noises=(clips.pink_noise, clips.hum),
+            pool=2500, steps=1000, batch=16,
+        ),  # fmt: skip
     )
 }
 

@@ -25,14 +25,15 @@ import whisperkv
 from whisperkv import compat
 
 CACHE = Path.home() / ".cache" / "whisperkv" / "speech-llm"
+ABOUT = "training.json"  # beside a model: how it was trained, and what it reached
 TEST = {"count": 200, "seed": 0}
-RATE, WARMUP, CTC = 1e-3, 100, 0.3  # of learning, its first steps, the weight of CTC
+LEARNING_RATE, WARMUP, CTC_WEIGHT = 1e-3, 100, 0.3  # WARMUP: steps
 
 
 def load(task, train_if_missing=True, data=audio.DATA):
     """The trained model of a task, from the cache folder."""
     folder = CACHE / task
-    if not (folder / "config.json").is_file():
+    if not (folder / ABOUT).is_file():
         if not train_if_missing:
             raise FileNotFoundError(f"{folder}: no model; python benchmarks/speech_llm.py train --task {task}")
         train(task, folder, data=data)
@@ -131,16 +132,16 @@ def train(name, folder, steps=None, seconds=None, seed=0, data=audio.DATA, pool=
     model = untrained(task, whisperkv.demo_model()[0].model.encoder)
     pool = pool or heard(model, task, seed, data)
     trained = [weight for weight in model.parameters() if weight.requires_grad]
-    optimizer = torch.optim.AdamW(trained, RATE, betas=(0.9, 0.98), weight_decay=0.01)
+    optimizer = torch.optim.AdamW(trained, LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0.01)
     model.train()
     start, step, done, losses = time.perf_counter(), 0, 0.0, [1.0, 1.0]
     progress = tqdm(total=1.0, desc=name, file=sys.stderr, mininterval=5, bar_format="{l_bar}{bar}| {elapsed}{postfix}")
     for group in batches(pool, task.batch, random):
         for part in optimizer.param_groups:
-            part["lr"] = RATE * min(1, (step + 1) / WARMUP) * (1 + math.cos(math.pi * done)) / 2
+            part["lr"] = LEARNING_RATE * min(1, (step + 1) / WARMUP) * (1 + math.cos(math.pi * done)) / 2
         text, ctc = loss_of(model, group, random)
         optimizer.zero_grad()
-        (text + CTC * ctc).backward()
+        (text + CTC_WEIGHT * ctc).backward()
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
         losses = [0.95 * old + 0.05 * float(new) for old, new in zip(losses, (text, ctc))]
@@ -155,9 +156,7 @@ def train(name, folder, steps=None, seconds=None, seed=0, data=audio.DATA, pool=
     reached = judged(model, list(sequences(task, "validation", 100, seed, data)), task)
     about = {"task": name, "steps": step, "seed": seed, "seconds": round(time.perf_counter() - start), **reached}
     model.save_pretrained(folder)
-    (Path(folder) / "training.json").write_text(json.dumps(about, indent=1))
-    print(json.dumps(about))
-    return model
+    (Path(folder) / ABOUT).write_text(json.dumps(about))
 
 
 # ---- Evaluation ----
@@ -227,10 +226,12 @@ def main():
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     if args.command == "train":
-        train(args.task, args.out or CACHE / args.task, args.steps, args.seconds, args.seed, args.data)
+        out = args.out or CACHE / args.task
+        train(args.task, out, args.steps, args.seconds, args.seed, args.data)
+        print((out / ABOUT).read_text())
         return
     model = WhisperLLM.from_pretrained(args.model).eval()
-    task = TASKS[json.loads((args.model / "training.json").read_text())["task"]]
+    task = TASKS[json.loads((args.model / ABOUT).read_text())["task"]]
     spoken = list(sequences(task, "test", args.count, TEST["seed"], args.data))
     print(json.dumps({"hidden": 0, **judged(model, spoken, task)}), flush=True)
     for share in args.hide:
