@@ -365,8 +365,8 @@ int64_t wkv_received_tokens(const struct wkv_received *);
 int64_t wkv_received_packed(const struct wkv_received *);
 size_t wkv_received_scratch(const struct wkv_received *);
 
-/* NULL if all heads are in the cache with at most so many slots each, else what is wrong, written to error. CPU pointers
- * only, as of what follows. */
+/* NULL if all heads are in the cache with at most so many slots each, else what is wrong, written to error. CPU
+ * pointers only, as of what follows. */
 const char *wkv_check_kept(const int32_t *starts, const int32_t *lengths, int64_t rows, int64_t kv_heads, int64_t most,
                            int64_t slots, char *error, size_t error_size);
 

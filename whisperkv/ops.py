@@ -415,8 +415,9 @@ def _(
 
 
 def _check_groups(op, sizes):
-    text = f"{op.name()}: query must have heads that are a multiple of {sizes['kv_heads']} kv_heads, got {sizes['heads']}"
-    torch._check(sizes["heads"] % sizes["kv_heads"] == 0, lambda: text)
+    heads, kv_heads = sizes["heads"], sizes["kv_heads"]
+    text = f"{op.name()}: query must have heads that are a multiple of {kv_heads} kv_heads, got {heads}"
+    torch._check(heads % kv_heads == 0, lambda: text)
 
 
 @torch.library.register_fake(gather_kept)

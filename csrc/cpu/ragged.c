@@ -131,7 +131,8 @@ INLINE void attend_item(const enum wkv_dtype dtype, const int64_t head_dim, cons
   const int64_t begin = (range - a->first[head]) * a->range, end = least(begin + a->range, p.length);
   for (int64_t first = begin; first < end; first += block) {
     const int64_t slots = least(block, end - first);
-    if (seen_by(&p, p.first_query) >= first + slots) attend_block(dtype, head_dim == NARROW, a->scale, &w, first, slots);
+    if (seen_by(&p, p.first_query) >= first + slots)
+      attend_block(dtype, head_dim == NARROW, a->scale, &w, first, slots);
     else attend_last(dtype, head_dim == NARROW, &p, &w, first, slots);
   }
 }
