@@ -119,3 +119,35 @@ def test_not_a_speech_llm(tmp_path, recordings, capsys):
     with pytest.raises(SystemExit):
         run(capsys, "--model", tmp_path, "--audio", recordings[0])
     assert "knows no speech LLM of type 'llama'" in capsys.readouterr().err
+
+
+def test_table_of_a_data_set(folder, recordings, tmp_path, capsys, monkeypatch):
+    import importlib.util
+    from pathlib import Path
+
+    path = Path(__file__).parents[1] / "benchmarks/prune_data.py"
+    spec = importlib.util.spec_from_file_location("prune_data", path)
+    script = importlib.util.module_from_spec(spec)
+    pytest.importorskip("tqdm")
+    pytest.importorskip("jiwer")
+    spec.loader.exec_module(script)
+    lines = [{"audio": file, "question": "what?", "answers": ["w30"]} for file in recordings]
+    (tmp_path / "qa.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    given = [
+        "--model",
+        folder,
+        "--data",
+        tmp_path / "qa.jsonl",
+        "--pruners",
+        "merge",
+        "random",
+        "--budgets",
+        "0.5",
+        "--seeds",
+        "2",
+    ]
+    monkeypatch.setattr("sys.argv", ["prune_data.py", *map(str, given), "--max-new-tokens", "3", "--device", "cpu"])
+    script.main()
+    rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")][1:]
+    assert [row.split(" | ")[0] for row in rows] == ["| full", "| merge", "| random"]
+    assert all(0 <= float(row.split(" | ")[3]) <= 100 for row in rows)
