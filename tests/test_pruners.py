@@ -209,17 +209,18 @@ class TestOfSilence:
         assert (chosen[0] < 28).all()
 
 
-class TestOfTheHead:
-    @pytest.fixture(scope="class")
-    def trained(self):
-        model, inputs = make("qwen2_audio")
-        features = TestOfSilence().speech()
-        given = {
-            "input_ids": torch.tensor([[1, 9] + [7] * 50 + [30, 31]] * 2), "input_features": features,
-            "feature_attention_mask": lengths(200, 200),
-        }  # fmt: skip
-        return model, given, *train(model, [given], steps=200)
+@pytest.fixture(scope="module")
+def trained():
+    model, inputs = make("qwen2_audio")
+    features = TestOfSilence().speech()
+    given = {
+        "input_ids": torch.tensor([[1, 9] + [7] * 50 + [30, 31]] * 2), "input_features": features,
+        "feature_attention_mask": lengths(200, 200),
+    }  # fmt: skip
+    return model, given, *train(model, [given], steps=200)
 
+
+class TestOfTheHead:
     def test_it_learns(self, trained):
         *_, right = trained
         assert right >= 0.8
