@@ -63,9 +63,16 @@ INLINE struct work some_queries(const enum wkv_dtype dtype, const struct work *c
   return some;
 }
 
+/* Queries that are scored: one more, of zeros or of another token, if that saves going over the keys once for each of
+ * a few. */
+INLINE int64_t scored(const int64_t queries) { return SOME > 2 && queries % SOME == SOME - 1 ? queries + 1 : queries; }
+
 INLINE void attend_block(const enum wkv_dtype dtype, const bool is_narrow, const float scale, struct work *const w,
                          const int64_t first, const int64_t slots) {
+  const int64_t queries = w->queries;
+  w->queries = scored(queries);
   score_floats(dtype, is_narrow, true, w, first, slots);
+  w->queries = queries;
   for (int64_t q = 0; q < w->queries; q++) {
     multiply(w->logits + q * WKV_BLOCK, slots, scale);
     soften(w, q, first, slots);
@@ -95,12 +102,14 @@ INLINE void *take(char **const scratch, const size_t bytes) {
 INLINE void take_buffers(const enum wkv_dtype dtype, struct work *const w, char *scratch) {
   const size_t channels = (size_t)w->channels;
   if (in_bfloat16(dtype)) {
-    w->rounded_query = take(&scratch, WKV_TOGETHER * channels * sizeof *w->rounded_query);
+    w->rounded_query = take(&scratch, (WKV_TOGETHER + 1) * channels * sizeof *w->rounded_query);
     w->rounded_exponentials = take(&scratch, WKV_TOGETHER * WKV_BLOCK / 2 * sizeof *w->rounded_exponentials);
+    memset(w->rounded_query + w->queries * w->channels, 0, channels * sizeof *w->rounded_query);
   } else {
-    w->query = take(&scratch, WKV_TOGETHER * channels * sizeof *w->query);
+    w->query = take(&scratch, (WKV_TOGETHER + 1) * channels * sizeof *w->query);
+    memset(w->query + w->queries * w->channels, 0, channels * sizeof *w->query);
   }
-  w->logits = w->exponentials = take(&scratch, WKV_TOGETHER * WKV_BLOCK * sizeof *w->logits);
+  w->logits = w->exponentials = take(&scratch, (WKV_TOGETHER + 1) * WKV_BLOCK * sizeof *w->logits);
 }
 
 INLINE void attend_item(const enum wkv_dtype dtype, const int64_t head_dim, const struct wkv_ragged_attention *const a,
