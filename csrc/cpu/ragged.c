@@ -5,25 +5,37 @@
 
 /* ---- gathering ---- */
 
-INLINE const void *token_of(const enum wkv_dtype dtype, const struct wkv_view *const v, const int64_t row,
-                            const int64_t head, const int64_t token) {
-  return at(dtype, v->data, row * v->row + head * v->head + token * v->token);
+struct token {
+  const char *key, *value; /* NULL: there is none */
+};
+
+/* The i-th to be kept of a head. It may be none: another thread can write to the index once it is checked. */
+INLINE struct token token_of(const struct wkv_gathering *const g, const int64_t head, const int64_t i) {
+  const int64_t row = head / g->kv_heads, its = head % g->kv_heads;
+  const int64_t token = ((const volatile int32_t *)g->index)[head * g->most + i];
+  const struct wkv_view *const k = &g->keys, *const v = &g->values;
+  if (token < 0 || token >= g->tokens) return (struct token){0};
+  return (struct token){at(g->dtype, k->data, row * k->row + its * k->head + token * k->token),
+                        at(g->dtype, v->data, row * v->row + its * v->head + token * v->token)};
 }
 
-/* Tokens that another thread has made nonsense of since they were checked are passed over. */
 void ON_ISA(wkv_gather_kept)(const struct wkv_gathering *const g, const int64_t begin, const int64_t end) {
+  enum { SOON = 8 }; /* tokens that are asked for before they are copied: no processor foresees where they stand */
   const int64_t blocks = wkv_count_of(g->most, WKV_BLOCK);
   const size_t bytes = (size_t)(g->head_dim * size_of(g->dtype));
   for (int64_t item = begin; item < end; item++) {
     const int64_t head = item / blocks, first = item % blocks * WKV_BLOCK;
     const int64_t last = least(first + WKV_BLOCK, g->lengths[head]);
-    const volatile int32_t *const index = g->index + head * g->most;
     for (int64_t i = first; i < last; i++) {
-      const int64_t token = index[i], slot = (g->starts[head] + i) * g->head_dim;
-      if (token < 0 || token >= g->tokens) continue;
-      const int64_t row = head / g->kv_heads, its = head % g->kv_heads;
-      memcpy(at_mut(g->dtype, g->kept_keys, slot), token_of(g->dtype, &g->keys, row, its, token), bytes);
-      memcpy(at_mut(g->dtype, g->kept_values, slot), token_of(g->dtype, &g->values, row, its, token), bytes);
+      const struct token soon = token_of(g, head, least(i + SOON, last - 1)), token = token_of(g, head, i);
+      for (size_t b = 0; soon.key && b < bytes; b += 64) {
+        __builtin_prefetch(soon.key + b);
+        __builtin_prefetch(soon.value + b);
+      }
+      const int64_t slot = (g->starts[head] + i) * g->head_dim;
+      if (!token.key) continue;
+      memcpy(at_mut(g->dtype, g->kept_keys, slot), token.key, bytes);
+      memcpy(at_mut(g->dtype, g->kept_values, slot), token.value, bytes);
     }
   }
 }
