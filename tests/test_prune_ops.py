@@ -432,7 +432,7 @@ class TestValues:
         attentive, gathered = received(2, 3, 2, 400, 300, dtype=dtype), gathering(3, 4, 900, 800, dtype=dtype)
         results = []
         try:
-            for threads in (1, 2, 3, 1):
+            for threads in (1, 1) if ON_CUDA else (1, 2, 3, 1):
                 torch.set_num_threads(threads)
                 written = [gather(gathered)[name] for name in GATHERING[5:]]
                 results.append([*map(attend, attentions), receive(attentive), *written])
