@@ -850,8 +850,9 @@ def finite(given):
 @pytest.mark.parametrize(
     "op, changes",
     [
-        ("gather_kept", dict()), ("gather_kept", dict(dtype=torch.bfloat16, turned=False)), ("ragged_attention", dict()),
-        ("ragged_attention", dict(bias=False, queries=4)), ("ragged_attention", dict(dtype=torch.float16, group=1)),
+        ("gather_kept", dict()), ("gather_kept", dict(dtype=torch.bfloat16, turned=False)),
+        ("ragged_attention", dict()), ("ragged_attention", dict(bias=False, queries=4)),
+        ("ragged_attention", dict(dtype=torch.float16, group=1)),
         ("attention_received", dict()), ("attention_received", dict(dtype=torch.bfloat16, turned=False)),
     ],
     ids=str,

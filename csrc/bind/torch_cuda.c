@@ -82,7 +82,8 @@ static const char *receive(const void *const r, void *const stream) { return wkv
 /* So many blocks can be launched, and more. */
 static bool are_blocks(struct call *const call, const int64_t one, const int64_t other) {
   const int64_t sides[] = {one, other};
-  return numbers_in(sides, 2) <= INT32_MAX || fail(call, "there are more heads, queries or tokens than CUDA has blocks");
+  return numbers_in(sides, 2) <= INT32_MAX ||
+         fail(call, "there are more heads, queries or tokens than CUDA has blocks: split the call");
 }
 
 bool device_gather(struct call *const call, struct wkv_gathering *const g) {
@@ -105,7 +106,8 @@ bool device_receive(struct call *const call, struct wkv_received *const r) {
   if (!are_blocks(call, r->rows * r->heads, r->queries) || !are_blocks(call, r->rows * r->kv_heads, r->tokens))
     return false;
   r->sums = borrow(call, r->rows * r->heads * r->queries * 2);
-  return r->sums ? launch(call, receive, r) : fail(call, "no memory for the sums of %lld queries", (long long)r->queries);
+  if (!r->sums) return fail(call, "no memory for the sums of %lld queries", (long long)r->queries);
+  return launch(call, receive, r);
 }
 
 bool device_pack_matrix(struct call *const call, const struct wkv_matrix_packing *const p) {

@@ -77,7 +77,8 @@ template <class T> __global__ void __launch_bounds__(THREADS) attend(const struc
   float *const weights = sums + group * dim; /* [group, TILE] */
   struct softmax *const of = (struct softmax *)(weights + group * TILE);
   const int64_t range = blockIdx.x % a.ranges, query = blockIdx.x / a.ranges % a.queries;
-  const int64_t head = blockIdx.x / a.ranges / a.queries, row = head / a.kv_heads, first_head = head % a.kv_heads * group;
+  const int64_t head = blockIdx.x / a.ranges / a.queries, row = head / a.kv_heads;
+  const int64_t first_head = head % a.kv_heads * group;
   const int64_t seen = seen_by(a, head, query), start = a.starts[head];
   const int64_t first = seen * range / a.ranges, last = seen * (range + 1) / a.ranges;
 
@@ -100,12 +101,14 @@ template <class T> __global__ void __launch_bounds__(THREADS) attend(const struc
     __syncthreads();
     for (int h = warp; h < group; h += WARPS) {
       float logit = 0;
-      for (int64_t d = 0; d < dim && lane < count; d++) logit = fmaf(queries[h * dim + d], keys[lane * wide + d], logit);
+      for (int64_t d = 0; d < dim && lane < count; d++)
+        logit = fmaf(queries[h * dim + d], keys[lane * wide + d], logit);
       logit *= a.scale;
       if (a.bias && lane < count) logit += a.bias[start + slot + lane];
       const float before = of[h].top, top = fmaxf(before, largest_of_warp(lane < count ? logit : -FLT_MAX));
       const float weight = lane < count ? expf(logit - top) : 0, sum = sum_of_warp(weight);
       weights[h * TILE + lane] = weight;
+      __syncwarp(); /* all have read what the first lane now writes */
       if (lane > 0) continue;
       of[h].shrink = expf(before - top);
       of[h].total = of[h].total * of[h].shrink + sum;
@@ -169,7 +172,8 @@ struct shared {
 };
 
 template <class T>
-INLINE void load_queries(const struct wkv_received &r, const struct shared &s, const int64_t head, const int64_t first) {
+INLINE void load_queries(const struct wkv_received &r, const struct shared &s, const int64_t head,
+                         const int64_t first) {
   const int64_t row = head / r.kv_heads, group = r.heads / r.kv_heads, dim = r.head_dim;
   const int64_t count = smaller(QUERIES, r.queries * group - first);
   for (int64_t i = threadIdx.x; i < QUERIES * dim; i += THREADS) {
