@@ -47,7 +47,7 @@ GPU_OUT ?= benchmarks/results/gpu
 WEIGHTS ?=
 SPEECH ?=
 GPU_TESTS ?= $(GPU_FILES:%=tests/test_%.py)
-GPU_FILES = ops cross_ops graphs capture generate
+GPU_FILES = ops cross_ops prune_ops graphs capture generate
 GPU_TABLES = gpu-ops gpu-steps gpu-generate gpu-memory
 IN_TREE = PYTHONPATH="$(CURDIR):$$PYTHONPATH"
 IN_TIME = timeout --signal=INT --kill-after=20 475

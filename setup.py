@@ -29,7 +29,7 @@ CFLAGS += CFLAGS_OF_USER
 LDFLAGS = os.environ.get("WHISPERKV_LDFLAGS", "").split()
 
 KERNELS = [f"csrc/cpu/{name}.c" for name in ("self", "cross", "pack", "frames", "linear", "ragged", "received", "choose")]
-CUDA_KERNELS = [f"csrc/cuda/{name}.cu" for name in ("self", "cross", "pack")]
+CUDA_KERNELS = [f"csrc/cuda/{name}.cu" for name in ("self", "cross", "pack", "prune")]
 CUDA_PROBE = "csrc/cuda/probe.cu"
 ARCHS = ("80", "89", "90", "100", "120")
 HEADERS = glob("csrc/**/*.h", recursive=True)

@@ -130,7 +130,7 @@ def receiving(args, dtype):
 
 
 TABLES = {
-    "step": (step, ("ms", "SDPA, enable_gqa", "SDPA, repeated heads", "times as fast", "GB/s", "of a plain read")),
+    "step": (step, ("ms", "SDPA, enable_gqa", "SDPA, repeated heads", "times as fast", "GB/s", "plain read, GB/s")),
     "gather": (gathering, ("ms", "of transposed views", "torch, these", "GB/s read and written")),
     "received": (receiving, ("ms", "G products/s", "torch's matmul", "ratio")),
 }

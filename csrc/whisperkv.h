@@ -283,8 +283,9 @@ struct wkv_ragged_attention {
   void *output;                    /* [rows, queries, heads, head_dim] */
   float scale;
 
-  /* Made by the plan of the CPU, but for the memory. The slots of a KV head are worked on in ranges; how long these are
-   * depends on the number of queries alone. The queries of a group are numbered query * group + head. */
+  /* Made by the plan of the device, but for the memory. The slots of a KV head are worked on in ranges. On the CPU their
+   * length depends on the number of queries alone, and the queries of a group are numbered query * group + head. CUDA
+   * cuts what a query sees of each head into `ranges`; its sums are [ranges, rows, queries, heads, head_dim]. */
   int64_t range;                   /* slots */
   int64_t ranges;                  /* of all KV heads */
   int64_t *first;                  /* [rows * kv_heads + 1]: the first range of each KV head */
@@ -301,7 +302,8 @@ struct wkv_received {
   struct wkv_view query;      /* [rows, heads, queries, head_dim] */
   const int32_t *positions;   /* [queries] */
   struct wkv_view keys;       /* [rows, kv_heads, tokens, head_dim] */
-  const uint8_t *visible;     /* [rows, tokens]: 0: hidden */
+  const uint8_t *visible;     /* [rows, tokens], each row by itself: 0: hidden */
+  int64_t visible_row;        /* from one to the next */
   float *received;            /* [rows, kv_heads, tokens] */
   float scale;
 
@@ -309,7 +311,8 @@ struct wkv_received {
    * worked on in lots. */
   int64_t first_head;         /* row * kv_heads + head */
   uint32_t *packed;           /* wkv_received_packed() numbers for each of them, at a multiple of 64 bytes */
-  float *sums;                /* [heads, lots, wkv_received_tokens()]: of each lot */
+  float *sums;                /* [heads, lots, wkv_received_tokens()]: of each lot. Of CUDA: [rows, kv_heads, queries
+                                 of a group, 2]: where exponentials are counted from, their sum */
 };
 
 enum {
@@ -462,6 +465,12 @@ const char *wkv_cuda_pack(const struct wkv_packing *, void *stream);
 /* Fills splits; counters that it would not use become NULL. */
 void wkv_cuda_cross_plan(struct wkv_cross_attention *);
 const char *wkv_cuda_cross_attention(const struct wkv_cross_attention *, void *stream);
+
+const char *wkv_cuda_gather_kept(const struct wkv_gathering *, void *stream);
+/* Fills ranges. */
+void wkv_cuda_ragged_plan(struct wkv_ragged_attention *);
+const char *wkv_cuda_ragged_attention(const struct wkv_ragged_attention *, void *stream);
+const char *wkv_cuda_attention_received(const struct wkv_received *, void *stream);
 
 #ifdef __cplusplus
 }

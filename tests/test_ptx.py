@@ -12,6 +12,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent / "ptx"))
 import kernels  # noqa: E402
 import others  # noqa: E402
+import pruned  # noqa: E402
 import structs  # noqa: E402
 from memory import GLOBAL, Fault  # noqa: E402
 from program import Program  # noqa: E402
@@ -164,3 +165,21 @@ def test_compact_attention_by_table():
 @pytest.mark.parametrize("policy", range(3))
 def test_score_evict(policy):
     others.check_eviction(policy)
+
+
+@DTYPES
+@pytest.mark.parametrize("dim", [64, 20])
+def test_gather_kept(dim, dtype):
+    pruned.check_gathering(dtype, dim)
+
+
+@DTYPES
+@pytest.mark.parametrize("dim, group, queries, ranges, biased", [(64, 4, 1, 3, True), (20, 7, 3, 1, False)])
+def test_ragged_attention(dim, group, queries, ranges, biased, dtype):
+    pruned.check_attention(dtype, dim, group, queries, ranges, biased)
+
+
+@DTYPES
+@pytest.mark.parametrize("dim, group, queries, tokens", [(32, 4, 5, 40), (20, 3, 9, 33)])
+def test_attention_received(dim, group, queries, tokens, dtype):
+    pruned.check_received(dtype, dim, group, queries, tokens)

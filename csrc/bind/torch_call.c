@@ -66,16 +66,19 @@ bool is_empty(const struct call *const call, const int i) {
   return empty;
 }
 
-/* Where numbers of a dtype that the ops take may begin. */
-static int alignment_of(const int dtype) {
+/* Bytes of a number of a dtype that the ops take. */
+static int bytes_of(const int dtype) {
   switch (dtype) {
-    case TORCH_DTYPE_uint8: return codes_alignment;
+    case TORCH_DTYPE_uint8:
     case TORCH_DTYPE_bool: return 1;
     case TORCH_DTYPE_bfloat16:
     case TORCH_DTYPE_float16: return 2;
     default: return 4;
   }
 }
+
+/* Where what is contiguous may begin: bytes are codes. */
+static int alignment_of(const int dtype) { return dtype == TORCH_DTYPE_uint8 ? codes_alignment : bytes_of(dtype); }
 
 bool accept(struct call *const call, const int i, const struct argument *const want, const bool is_read) {
   const AtenTensorHandle tensor = call->tensors[i];
@@ -110,8 +113,7 @@ bool accept(struct call *const call, const int i, const struct argument *const w
     return fail(call, "%s must begin at a multiple of %d bytes, got a shifted view: clone() it", want->name,
                 alignment_of(dtype));
 
-  const int64_t item = dtype == TORCH_DTYPE_uint8 ? 1 : alignment_of(dtype);
-  call->bytes[i] = is_read && !is_empty(call, i) ? (size_t)(numbers * item) : 0;
+  call->bytes[i] = is_read && !is_empty(call, i) ? (size_t)(numbers * bytes_of(dtype)) : 0;
   call->device_index = device_index;
   if (want->dtype == CACHE) call->cache_dtype = dtype;
   for (int64_t d = 0; d < dim; d++) call->sizes[want->shape[d]] = sizes[d];
@@ -124,7 +126,7 @@ static bool accept_strided(struct call *const call, const int i, const struct ar
   int64_t *strides, numbers = 1;
   if (!accept(call, i, want, false)) return false;
   if (shim.aoti_torch_get_strides(call->tensors[i], &strides)) return fail(call, "%s has no strides", want->name);
-  const int last = want->dim - 1, alignment = alignment_of(want->dtype == CACHE ? call->cache_dtype : want->dtype);
+  const int last = want->dim - 1, bytes = bytes_of(want->dtype == CACHE ? call->cache_dtype : want->dtype);
   for (int d = 0; d <= last; d++) {
     const int64_t size = call->sizes[want->shape[d]];
     steps[d] = size > 1 ? strides[d] : 0;
@@ -133,10 +135,9 @@ static bool accept_strided(struct call *const call, const int i, const struct ar
                   want->name);
     numbers = size && numbers ? numbers + (size - 1) * steps[d] : 0;
   }
-  if ((uintptr_t)call->data[i] % alignment)
-    return fail(call, "%s must begin at a multiple of %d bytes, got a shifted view: clone() it", want->name,
-                alignment);
-  call->bytes[i] = (size_t)numbers * alignment;
+  if ((uintptr_t)call->data[i] % bytes)
+    return fail(call, "%s must begin at a multiple of %d bytes, got a shifted view: clone() it", want->name, bytes);
+  call->bytes[i] = (size_t)numbers * bytes;
   return true;
 }
 

@@ -73,6 +73,43 @@ bool device_attend_cross(struct call *const call, struct wkv_cross_attention *co
   return launch(call, attend_cross, a);
 }
 
+static const char *gather(const void *const g, void *const stream) { return wkv_cuda_gather_kept(g, stream); }
+static const char *attend_ragged(const void *const a, void *const stream) {
+  return wkv_cuda_ragged_attention(a, stream);
+}
+static const char *receive(const void *const r, void *const stream) { return wkv_cuda_attention_received(r, stream); }
+
+/* So many blocks can be launched, and more. */
+static bool are_blocks(struct call *const call, const int64_t one, const int64_t other) {
+  const int64_t sides[] = {one, other};
+  return numbers_in(sides, 2) <= INT32_MAX ||
+         fail(call, "there are more heads, queries or tokens than CUDA has blocks: split the call");
+}
+
+bool device_gather(struct call *const call, struct wkv_gathering *const g) {
+  return are_blocks(call, g->rows * g->kv_heads, g->most) && launch(call, gather, g);
+}
+
+bool device_attend_ragged(struct call *const call, struct wkv_ragged_attention *const a) {
+  if (a->rows == 0) return true;
+  if (!are_blocks(call, a->rows * a->heads, a->queries)) return false;
+  wkv_cuda_ragged_plan(a);
+  const int64_t lines = a->ranges * a->rows * a->queries * a->heads;
+  a->sums = borrow(call, lines * a->head_dim);
+  a->totals = borrow(call, lines * 2);
+  if (!a->sums || !a->totals) return fail(call, "no memory for the sums of %lld ranges", (long long)a->ranges);
+  return launch(call, attend_ragged, a);
+}
+
+bool device_receive(struct call *const call, struct wkv_received *const r) {
+  if (r->rows == 0) return true;
+  if (!are_blocks(call, r->rows * r->heads, r->queries) || !are_blocks(call, r->rows * r->kv_heads, r->tokens))
+    return false;
+  r->sums = borrow(call, r->rows * r->heads * r->queries * 2);
+  if (!r->sums) return fail(call, "no memory for the sums of %lld queries", (long long)r->queries);
+  return launch(call, receive, r);
+}
+
 bool device_pack_matrix(struct call *const call, const struct wkv_matrix_packing *const p) {
   (void)p;
   return fail(call, "there is no such kernel for CUDA, whose own libraries are as fast: use torch");
@@ -91,25 +128,6 @@ bool device_attend_frames(struct call *const call, struct wkv_encoder_attention 
 bool device_step(struct call *const call, const struct step *const s) {
   (void)s;
   return fail(call, "there is no such kernel for CUDA: capture a graph of the layers");
-}
-
-static bool of_the_cpu(struct call *const call) {
-  return fail(call, "pruned caches are attended over on the CPU alone: move the model there");
-}
-
-bool device_gather(struct call *const call, struct wkv_gathering *const g) {
-  (void)g;
-  return of_the_cpu(call);
-}
-
-bool device_attend_ragged(struct call *const call, struct wkv_ragged_attention *const a) {
-  (void)a;
-  return of_the_cpu(call);
-}
-
-bool device_receive(struct call *const call, struct wkv_received *const r) {
-  (void)r;
-  return of_the_cpu(call);
 }
 
 bool device_choose(struct call *const call, struct wkv_choice *const c) {

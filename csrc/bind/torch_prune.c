@@ -128,10 +128,11 @@ static bool attention_received(struct call *const call, const StableIValue *cons
   const double scale = as_double(numbers[0]);
   const bool is_bool = dtype_of(call, VISIBLE) == TORCH_DTYPE_bool;
   struct wkv_view query, keys;
+  int64_t visible_row;
   if (!accept_view(call, SOME_QUERIES, &received_arguments[SOME_QUERIES], &query) ||
       !accept(call, POSITIONS, &received_arguments[POSITIONS], true) ||
       !accept_view(call, ALL_KEYS, &received_arguments[ALL_KEYS], &keys) ||
-      !accept(call, VISIBLE, is_bool ? &visible_argument : &received_arguments[VISIBLE], true))
+      !accept_rows(call, VISIBLE, is_bool ? &visible_argument : &received_arguments[VISIBLE], &visible_row))
     return false;
   const int64_t *const size = call->sizes, shape[] = {size[ROWS], size[KV_HEADS], size[TOKENS]};
   void *received;
@@ -151,6 +152,7 @@ static bool attention_received(struct call *const call, const StableIValue *cons
       .positions = call->data[POSITIONS],
       .keys = keys,
       .visible = call->data[VISIBLE],
+      .visible_row = visible_row,
       .received = received,
       .scale = (float)scale,
   };

@@ -175,7 +175,7 @@ void wkv_ragged_plan(struct wkv_ragged_attention *const a) {
 
 size_t wkv_ragged_scratch(const struct wkv_ragged_attention *const a) {
   const size_t channels = (size_t)wkv_round_up(a->head_dim, WKV_CHANNELS);
-  return sizeof(float) * WKV_TOGETHER * (channels + WKV_BLOCK + WKV_BLOCK / 2);
+  return sizeof(float) * (WKV_TOGETHER + 1) * (channels + WKV_BLOCK + WKV_BLOCK / 2);
 }
 
 /* Instruction sets differ in how many frames and channels stand side by side: 64 at most. */

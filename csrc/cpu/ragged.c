@@ -5,25 +5,37 @@
 
 /* ---- gathering ---- */
 
-INLINE const void *token_of(const enum wkv_dtype dtype, const struct wkv_view *const v, const int64_t row,
-                            const int64_t head, const int64_t token) {
-  return at(dtype, v->data, row * v->row + head * v->head + token * v->token);
+struct token {
+  const char *key, *value; /* NULL: there is none */
+};
+
+/* The i-th to be kept of a head. It may be none: another thread can write to the index once it is checked. */
+INLINE struct token token_of(const struct wkv_gathering *const g, const int64_t head, const int64_t i) {
+  const int64_t row = head / g->kv_heads, its = head % g->kv_heads;
+  const int64_t token = ((const volatile int32_t *)g->index)[head * g->most + i];
+  const struct wkv_view *const k = &g->keys, *const v = &g->values;
+  if (token < 0 || token >= g->tokens) return (struct token){0};
+  return (struct token){at(g->dtype, k->data, row * k->row + its * k->head + token * k->token),
+                        at(g->dtype, v->data, row * v->row + its * v->head + token * v->token)};
 }
 
-/* Tokens that another thread has made nonsense of since they were checked are passed over. */
 void ON_ISA(wkv_gather_kept)(const struct wkv_gathering *const g, const int64_t begin, const int64_t end) {
+  enum { SOON = 8 }; /* tokens that are asked for before they are copied: no processor foresees where they stand */
   const int64_t blocks = wkv_count_of(g->most, WKV_BLOCK);
   const size_t bytes = (size_t)(g->head_dim * size_of(g->dtype));
   for (int64_t item = begin; item < end; item++) {
     const int64_t head = item / blocks, first = item % blocks * WKV_BLOCK;
     const int64_t last = least(first + WKV_BLOCK, g->lengths[head]);
-    const volatile int32_t *const index = g->index + head * g->most;
     for (int64_t i = first; i < last; i++) {
-      const int64_t token = index[i], slot = (g->starts[head] + i) * g->head_dim;
-      if (token < 0 || token >= g->tokens) continue;
-      const int64_t row = head / g->kv_heads, its = head % g->kv_heads;
-      memcpy(at_mut(g->dtype, g->kept_keys, slot), token_of(g->dtype, &g->keys, row, its, token), bytes);
-      memcpy(at_mut(g->dtype, g->kept_values, slot), token_of(g->dtype, &g->values, row, its, token), bytes);
+      const struct token soon = token_of(g, head, least(i + SOON, last - 1)), token = token_of(g, head, i);
+      for (size_t b = 0; soon.key && b < bytes; b += 64) {
+        __builtin_prefetch(soon.key + b);
+        __builtin_prefetch(soon.value + b);
+      }
+      const int64_t slot = (g->starts[head] + i) * g->head_dim;
+      if (!token.key) continue;
+      memcpy(at_mut(g->dtype, g->kept_keys, slot), token.key, bytes);
+      memcpy(at_mut(g->dtype, g->kept_values, slot), token.value, bytes);
     }
   }
 }
@@ -63,9 +75,16 @@ INLINE struct work some_queries(const enum wkv_dtype dtype, const struct work *c
   return some;
 }
 
+/* Queries that are scored: one more, of zeros or of another token, if that saves going over the keys once for each of
+ * a few. */
+INLINE int64_t scored(const int64_t queries) { return SOME > 2 && queries % SOME == SOME - 1 ? queries + 1 : queries; }
+
 INLINE void attend_block(const enum wkv_dtype dtype, const bool is_narrow, const float scale, struct work *const w,
                          const int64_t first, const int64_t slots) {
+  const int64_t queries = w->queries;
+  w->queries = scored(queries);
   score_floats(dtype, is_narrow, true, w, first, slots);
+  w->queries = queries;
   for (int64_t q = 0; q < w->queries; q++) {
     multiply(w->logits + q * WKV_BLOCK, slots, scale);
     soften(w, q, first, slots);
@@ -95,12 +114,14 @@ INLINE void *take(char **const scratch, const size_t bytes) {
 INLINE void take_buffers(const enum wkv_dtype dtype, struct work *const w, char *scratch) {
   const size_t channels = (size_t)w->channels;
   if (in_bfloat16(dtype)) {
-    w->rounded_query = take(&scratch, WKV_TOGETHER * channels * sizeof *w->rounded_query);
+    w->rounded_query = take(&scratch, (WKV_TOGETHER + 1) * channels * sizeof *w->rounded_query);
     w->rounded_exponentials = take(&scratch, WKV_TOGETHER * WKV_BLOCK / 2 * sizeof *w->rounded_exponentials);
+    memset(w->rounded_query + w->queries * w->channels, 0, channels * sizeof *w->rounded_query);
   } else {
-    w->query = take(&scratch, WKV_TOGETHER * channels * sizeof *w->query);
+    w->query = take(&scratch, (WKV_TOGETHER + 1) * channels * sizeof *w->query);
+    memset(w->query + w->queries * w->channels, 0, channels * sizeof *w->query);
   }
-  w->logits = w->exponentials = take(&scratch, WKV_TOGETHER * WKV_BLOCK * sizeof *w->logits);
+  w->logits = w->exponentials = take(&scratch, (WKV_TOGETHER + 1) * WKV_BLOCK * sizeof *w->logits);
 }
 
 INLINE void attend_item(const enum wkv_dtype dtype, const int64_t head_dim, const struct wkv_ragged_attention *const a,

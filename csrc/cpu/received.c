@@ -59,7 +59,7 @@ INLINE void pack_block(const enum wkv_dtype dtype, const struct wkv_received *co
   const int64_t blocks = wkv_count_of(wkv_received_tokens(r), WKV_BLOCK);
   const struct keys k = packed_keys(dtype, r, item / blocks);
   const int64_t first = item % blocks * WKV_BLOCK, last = least(first + WKV_BLOCK, k.padded);
-  const uint8_t *const visible = r->visible + k.row * r->tokens;
+  const uint8_t *const visible = r->visible + k.row * r->visible_row;
   for (int64_t token = first; token < last; token++)
     k.is_seen[token] = token < r->tokens && visible[token] ? -1 : 0;
   for (int64_t token = first; token < last; token += W) pack_some(dtype, r, &k, token);

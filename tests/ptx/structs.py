@@ -37,11 +37,16 @@ def fields(name):
 
 
 def packed(name, **values):
-    """The struct's bytes; a field that is not named is 0, and one that is not there is refused."""
+    """The struct's bytes; a field that is not named is 0, and one that is not there is refused. A struct in it is given
+    as its bytes."""
     size, places = fields(name)
     data = bytearray(size)
     for each, value in values.items():
         offset, width, is_float = places[each]
+        if isinstance(value, bytes):
+            assert len(value) == width
+            data[offset : offset + width] = value
+            continue
         kind = "f" if is_float else {1: "b", 4: "i", 8: "q"}[width]
         struct.pack_into(f"<{kind}", data, offset, value)
     return bytes(data)
