@@ -21,7 +21,8 @@ test: $(VENV)/.test
 	$(BIN)/python -m pytest -q -n $(JOBS) --dist worksteal $(TESTS)
 
 # Only what touches transformers.
-FLOOR = adoption capture patch cache cross_cache graphs generate searches steps ctranslate2 config trim merge features
+FLOOR = adoption capture patch cache cross_cache graphs generate searches steps ctranslate2 config trim merge features \
+	prune prune_families prune_docs pruners
 test-floor:
 	WHISPERKV_CUDA=off $(MAKE) test VENV=.venv-floor CONSTRAINTS=constraints-floor.txt TESTS="$(FLOOR:%=tests/test_%.py)"
 

@@ -28,13 +28,13 @@ CFLAGS_OF_USER = os.environ.get("WHISPERKV_CFLAGS", "").split()
 CFLAGS += CFLAGS_OF_USER
 LDFLAGS = os.environ.get("WHISPERKV_LDFLAGS", "").split()
 
-KERNELS = [f"csrc/cpu/{name}.c" for name in ("self", "cross", "pack", "frames", "linear", "choose")]
+KERNELS = [f"csrc/cpu/{name}.c" for name in ("self", "cross", "pack", "frames", "linear", "ragged", "received", "choose")]
 CUDA_KERNELS = [f"csrc/cuda/{name}.cu" for name in ("self", "cross", "pack")]
 CUDA_PROBE = "csrc/cuda/probe.cu"
 ARCHS = ("80", "89", "90", "100", "120")
 HEADERS = glob("csrc/**/*.h", recursive=True)
 
-BOUND = ("call", "choose", "cross", "frames", "linear", "ops", "self", "shim", "step")
+BOUND = ("call", "choose", "cross", "frames", "linear", "ops", "prune", "self", "shim", "step")
 BINDING = [f"csrc/bind/torch_{name}.c" for name in BOUND]
 ON_CPU = ["csrc/cpu/dispatch.c", "csrc/cpu/plan.c"]
 
@@ -154,7 +154,7 @@ extensions = [extension("_numpy", "csrc/bind/numpy.c", *ON_CPU, include_dirs=[nu
 if CUDA == "on_cpu":
     extensions.append(extension("_torch", "csrc/bind/torch.c", "csrc/bind/torch_cuda.c", *BINDING, link=["-lstdc++"]))
 else:
-    for_cpu = ("csrc/bind/torch_cpu.c", "csrc/bind/torch_cpu_step.c")
+    for_cpu = ("csrc/bind/torch_cpu.c", "csrc/bind/torch_cpu_prune.c", "csrc/bind/torch_cpu_step.c")
     extensions.append(extension("_torch", "csrc/bind/torch.c", *for_cpu, *BINDING, *ON_CPU))
 if HOME:
     libraries = {"library_dirs": [str(cudart(HOME))], "libraries": ["cudart_static", "rt", "pthread", "dl"]}

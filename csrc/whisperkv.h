@@ -250,6 +250,84 @@ enum {
   WKV_MOST_SUMMED = 1 << 16 /* frames, and channels of a head: so many products of bytes are added up in 32 bits */
 };
 
+/* ---- caches of speech LLMs, whose tokens are pruned for each layer and head ----
+ *
+ * Query heads come in groups of heads / kv_heads that share a KV head. What a layer keeps stands in a flat cache: KV
+ * head h of row r owns lengths[r, h] slots from starts[r, h] on, and what comes behind them is room for more. */
+
+/* [rows, heads, tokens, dim], with steps of their own, in numbers, but from channel to channel. */
+struct wkv_view {
+  const void *data;
+  int64_t row, head, token;
+};
+
+/* Token index[r, h, i] of a whole cache goes to the i-th slot of head h of row r. */
+struct wkv_gathering {
+  int64_t rows, kv_heads, tokens, most, slots, head_dim;
+  enum wkv_dtype dtype;
+  struct wkv_view keys, values;    /* [rows, kv_heads, tokens, head_dim] */
+  const int32_t *index;            /* [rows, kv_heads, most], the first lengths[r, h] of each */
+  const int32_t *starts, *lengths; /* [rows, kv_heads] */
+  void *kept_keys, *kept_values;   /* [slots, head_dim] */
+};
+
+/* The queries are the last tokens of a row: query j sees all slots of its head but the last queries - 1 - j. One that
+ * sees none gives zeros. */
+struct wkv_ragged_attention {
+  int64_t rows, heads, kv_heads, queries, slots, head_dim;
+  enum wkv_dtype dtype;
+  struct wkv_view query;           /* [rows, heads, queries, head_dim] */
+  const void *keys, *values;       /* [slots, head_dim] */
+  const int32_t *starts, *lengths; /* [rows, kv_heads] */
+  const float *bias;               /* [slots]: added to the logits, once they are scaled; NULL: none */
+  void *output;                    /* [rows, queries, heads, head_dim] */
+  float scale;
+
+  /* Made by the plan of the CPU, but for the memory. The slots of a KV head are worked on in ranges; how long these are
+   * depends on the number of queries alone. The queries of a group are numbered query * group + head. */
+  int64_t range;                   /* slots */
+  int64_t ranges;                  /* of all KV heads */
+  int64_t *first;                  /* [rows * kv_heads + 1]: the first range of each KV head */
+  int64_t *owner;                  /* [ranges]: the KV head of each, row * kv_heads + head */
+  float *sums;                     /* [ranges, queries of a group, channels] */
+  float *totals;                   /* [ranges, queries of a group, 2]: where exponentials are counted from, their sum */
+};
+
+/* How much attention keys receive: the weights of a softmax, summed over some queries and the heads of a group. Query j
+ * sees the visible ones of keys 0..positions[j]; if that last one is hidden, the query does not count. */
+struct wkv_received {
+  int64_t rows, heads, kv_heads, queries, tokens, head_dim;
+  enum wkv_dtype dtype;
+  struct wkv_view query;      /* [rows, heads, queries, head_dim] */
+  const int32_t *positions;   /* [queries] */
+  struct wkv_view keys;       /* [rows, kv_heads, tokens, head_dim] */
+  const uint8_t *visible;     /* [rows, tokens]: 0: hidden */
+  float *received;            /* [rows, kv_heads, tokens] */
+  float scale;
+
+  /* The keys of some KV heads are packed at a time, and the queries of a group, numbered query * group + head, are
+   * worked on in lots. */
+  int64_t first_head;         /* row * kv_heads + head */
+  uint32_t *packed;           /* wkv_received_packed() numbers for each of them, at a multiple of 64 bytes */
+  float *sums;                /* [heads, lots, wkv_received_tokens()]: of each lot */
+};
+
+enum {
+  WKV_RANGE = 512,       /* slots that are worked on at a time; more if there are many queries */
+  WKV_LOT = 192,         /* queries */
+  WKV_CHUNK = 24,        /* queries of a lot that are worked on at a time */
+  WKV_MOST_HEADS = 4096, /* query heads */
+  WKV_MOST_QUERIES = 1 << 16
+};
+
+/* So many lots share the queries of a group. */
+static inline int64_t wkv_ragged_lots(const struct wkv_ragged_attention *const a) {
+  return wkv_count_of(a->queries * (a->heads / a->kv_heads), WKV_TOGETHER);
+}
+static inline int64_t wkv_received_lots(const struct wkv_received *const r) {
+  return wkv_count_of(r->queries * (r->heads / r->kv_heads), WKV_LOT);
+}
+
 /* ---- the choice of tokens, on the CPU alone ---- */
 
 /* A score, and where it stands among those of an audio: beam * vocabulary + token. */
@@ -276,6 +354,30 @@ struct wkv_choice {
 int64_t wkv_encoder_packed(const struct wkv_encoder_attention *);
 int64_t wkv_encoder_scratch(const struct wkv_encoder_attention *);
 
+/* Fills range, ranges, first and, if it is not NULL, owner. */
+void wkv_ragged_plan(struct wkv_ragged_attention *);
+
+/* Bytes that one thread needs beside. */
+size_t wkv_ragged_scratch(const struct wkv_ragged_attention *);
+
+/* Tokens, padded; numbers of 32 bits that the keys of a head take when packed; bytes that a thread needs beside. */
+int64_t wkv_received_tokens(const struct wkv_received *);
+int64_t wkv_received_packed(const struct wkv_received *);
+size_t wkv_received_scratch(const struct wkv_received *);
+
+/* NULL if all heads are in the cache with at most so many slots each, else what is wrong, written to error. CPU
+ * pointers only, as of what follows. */
+const char *wkv_check_kept(const int32_t *starts, const int32_t *lengths, int64_t rows, int64_t kv_heads, int64_t most,
+                           int64_t slots, char *error, size_t error_size);
+
+/* The same of tokens that go to slots of their own; the heads are in the cache. `order` has room for rows * kv_heads
+ * numbers. */
+const char *wkv_check_gathering(const struct wkv_gathering *, int64_t *order, char *error, size_t error_size);
+
+/* The same of the positions of queries. */
+const char *wkv_check_positions(const int32_t *positions, int64_t queries, int64_t tokens, char *error,
+                                size_t error_size);
+
 /* Fills parts, splits and part. */
 void wkv_cross_plan(struct wkv_cross_attention *);
 
@@ -298,6 +400,12 @@ const char *wkv_check_owners(const int32_t *owner, int64_t rows, const int32_t *
  *   linear             as wkv_linear_items says
  *   encoder_pack       of the heads that are packed now
  *   encoder_attention  of these heads times the blocks of WKV_QUERIES frames, when those are done
+ *   gather_kept        of rows * kv_heads times the blocks of WKV_BLOCK in `most`
+ *   ragged_attention   of ranges * wkv_ragged_lots()
+ *   ragged_finish      of rows * queries * heads, when those are done
+ *   received_pack      of the heads that are packed now times the blocks of WKV_BLOCK tokens
+ *   attention_received of these heads * wkv_received_lots(), when those are done
+ *   received_finish    of these heads times the blocks of WKV_BLOCK tokens, when those are done
  *   choose             of audios * beams
  *   choose_finish      of audios, when those are done */
 #define WKV_CPU_KERNELS(KERNEL) \
@@ -311,6 +419,12 @@ const char *wkv_check_owners(const int32_t *owner, int64_t rows, const int32_t *
   KERNEL(linear, (const struct wkv_linear *, int64_t begin, int64_t end)) \
   KERNEL(encoder_pack, (const struct wkv_encoder_attention *, int64_t begin, int64_t end)) \
   KERNEL(encoder_attention, (const struct wkv_encoder_attention *, void *scratch, int64_t begin, int64_t end)) \
+  KERNEL(gather_kept, (const struct wkv_gathering *, int64_t begin, int64_t end)) \
+  KERNEL(ragged_attention, (const struct wkv_ragged_attention *, void *scratch, int64_t begin, int64_t end)) \
+  KERNEL(ragged_finish, (const struct wkv_ragged_attention *, int64_t begin, int64_t end)) \
+  KERNEL(received_pack, (const struct wkv_received *, int64_t begin, int64_t end)) \
+  KERNEL(attention_received, (const struct wkv_received *, void *scratch, int64_t begin, int64_t end)) \
+  KERNEL(received_finish, (const struct wkv_received *, int64_t begin, int64_t end)) \
   KERNEL(choose, (const struct wkv_choice *, int64_t begin, int64_t end)) \
   KERNEL(choose_finish, (const struct wkv_choice *, int64_t begin, int64_t end))
 

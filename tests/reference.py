@@ -278,6 +278,49 @@ def linear(x, norm_weight, norm_bias, weight, bias, residual, format, outputs, e
     return y.float()
 
 
+# Pruned caches: heads / kv_heads query heads share a KV head, whose kept tokens own a range of slots
+
+
+def gather_kept(keys, values, index, starts, lengths, kept_keys, kept_values):
+    """keys, values: [rows, kv_heads, tokens, dim]; index: [rows, kv_heads, most]; kept_*: [slots, dim], written in
+    place."""
+    for row, head in torch.cartesian_prod(*map(torch.arange, starts.shape)).tolist():
+        start, length = int(starts[row, head]), int(lengths[row, head])
+        tokens = index[row, head, :length].long()
+        kept_keys[start : start + length] = keys[row, head, tokens]
+        kept_values[start : start + length] = values[row, head, tokens]
+
+
+def ragged_attention(query, keys, values, starts, lengths, bias, scale):
+    """query: [rows, heads, queries, dim], the last tokens of what stands in keys, values: [slots, dim]; bias: [slots],
+    or empty. [rows, queries, heads, dim]; zeros where nothing is seen."""
+    rows, heads, queries, dim = query.shape
+    group = heads // starts.shape[1]
+    output = torch.zeros(rows, queries, heads, dim, dtype=query.dtype)
+    for row, head, j in torch.cartesian_prod(*map(torch.arange, (rows, heads, queries))).tolist():
+        start, length = int(starts[row, head // group]), int(lengths[row, head // group])
+        slots = slice(start, start + max(length - (queries - 1 - j), 0))
+        logits = keys[slots].double() @ query[row, head, j].double() * scale
+        logits = logits + bias[slots] if bias.numel() else logits
+        output[row, j, head] = (logits.softmax(0) @ values[slots].double()).to(query.dtype)
+    return output
+
+
+def attention_received(query, positions, keys, visible, scale):
+    """query: [rows, heads, queries, dim], query j that of token positions[j]; keys: [rows, kv_heads, tokens, dim];
+    visible: [rows, tokens]. [rows, kv_heads, tokens]: sums of softmax weights."""
+    rows, heads, queries, dim = query.shape
+    group = heads // keys.shape[1]
+    received = torch.zeros(keys.shape[:3], dtype=torch.float64)
+    for row, head, j in torch.cartesian_prod(*map(torch.arange, (rows, heads, queries))).tolist():
+        position, its = int(positions[j]), head // group
+        seen = visible[row, : position + 1].bool()
+        if seen[-1]:
+            logits = keys[row, its, : position + 1][seen].double() @ query[row, head, j].double() * scale
+            received[row, its, : position + 1][seen] += logits.softmax(0)
+    return received.float()
+
+
 def choose_tokens(scores, added, count):
     """Sorted: NaN first, then from the largest on, of equal ones the first."""
     totals = (scores + added[..., None]).flatten(1)

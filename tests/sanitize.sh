@@ -21,7 +21,7 @@ WHISPERKV_CUDA=$cuda WHISPERKV_CFLAGS="$flags" WHISPERKV_LDFLAGS="$flags" \
 cp -r whisperkv/*.py whisperkv/data "$place/whisperkv"
 
 tests=$(ls "$root"/tests/test_fuzz.py "$root"/tests/test_ops.py "$root"/tests/test_cross_ops.py "$root"/tests/test_frames_ops.py \
-  "$root"/tests/test_linear_ops.py "$root"/tests/test_step_ops.py "$root"/tests/test_choose_ops.py \
+  "$root"/tests/test_linear_ops.py "$root"/tests/test_step_ops.py "$root"/tests/test_choose_ops.py "$root"/tests/test_prune_ops.py \
   "$root"/tests/test_shim.py "$root"/tests/test_numpy*.py "$root"/tests/test_kernels*.py 2>/dev/null || true)
 cd "$place" # so that Python finds whisperkv here
 # libstdc++ is named for ASan to find torch's exceptions; -s shows what a sanitizer says before it aborts.

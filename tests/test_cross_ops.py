@@ -144,7 +144,9 @@ def check(given):
     assert error.max() < FLIPPED + rounding and error.mean() < FLIPPED_ON_AVERAGE + rounding / 4
     assert (weights - wanted_weights).abs().mean() < 1e-5
     exact = (output.float() - attend(given, reference.cross_attention)[0].float()).abs() / scale
-    assert exact.max() < ROUNDED + rounding and exact.mean() < ROUNDED_ON_AVERAGE + rounding
+    # Over two frames all channels of a query err alike, and an average over few queries is one of few numbers.
+    on_average = ROUNDED_ON_AVERAGE if exact.shape[:3].numel() >= 16 else ROUNDED
+    assert exact.max() < ROUNDED + rounding and exact.mean() < on_average + rounding
 
 
 def check_packing(given):

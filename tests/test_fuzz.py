@@ -5,7 +5,8 @@ WHISPERKV_FUZZ=<number> for another seed, which a failure names with its case.
 """
 
 import random
-from typing import Callable, NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple
 
 import pytest
 import reference
@@ -14,6 +15,7 @@ import test_cross_ops
 import test_frames_ops
 import test_linear_ops
 import test_ops
+import test_prune_ops
 import test_step_ops
 import torch
 from conftest import SEED
@@ -134,6 +136,29 @@ def sound_choice(draw):
     return dict(scores=scores, added=added, count=draw.randrange(min(beams * vocabulary, 40)) + 1)
 
 
+def sound_gathering(draw):
+    return test_prune_ops.gathering(
+        draw.randrange(4), draw.randrange(1, 4), draw.choice(SIDES[1:]), draw.choice(SIDES[1:]), draw.choice(SIDES[1:]),
+        draw.choice(FLOATS), draw.random() < 0.5, draw.randrange(1 << 30),
+    )  # fmt: skip
+
+
+def sound_ragged(draw):
+    return test_prune_ops.ragged(
+        draw.randrange(4), draw.randrange(1, 4), draw.choice([1, 2, 4, 7]), draw.choice([1, 1, 3, 20]),
+        draw.choice([*SIDES, 600]), draw.choice(SIDES[1:]), draw.choice(FLOATS), draw.random() < 0.5,
+        draw.random() < 0.5, draw.randrange(1 << 30),
+    )  # fmt: skip
+
+
+def sound_received(draw):
+    return test_prune_ops.received(
+        draw.randrange(4), draw.randrange(1, 4), draw.choice([1, 2, 4, 7]), draw.choice(SIDES[1:]),
+        draw.choice(SIDES[1:]), draw.choice(SIDES[1:]), draw.choice(FLOATS), draw.random() < 0.5, draw.random() < 0.5,
+        draw.randrange(1 << 30),
+    )  # fmt: skip
+
+
 def sound_step(draw):
     heads, format = draw.randrange(1, 3), draw.randrange(3)
     given = test_step_ops.problem(
@@ -182,6 +207,20 @@ def check_choice(op, given, results, before):
     torch.testing.assert_close(results, wanted_of(op, before), rtol=0, atol=0, equal_nan=True)
 
 
+def check_gathering(op, given, results, before):
+    wanted_of(op, before)
+    for name in OPS[op].written:
+        assert_same_bits(given[name], before[name])
+
+
+def check_ragged(op, given, results, before):
+    test_prune_ops.assert_near(given, results, wanted_of(op, before))
+
+
+def check_received(op, given, results, before):
+    test_prune_ops.assert_received(given, results, wanted_of(op, before))
+
+
 def check_step(op, given, results, before):
     theirs = before | dict(weights=before["own"])
     test_step_ops.assert_near(given, results, theirs, wanted_of(op, theirs))
@@ -203,10 +242,16 @@ OPS = {
     "encoder_attention": Op(test_frames_ops.ENCODER, sound_frames, check_frames),
     "pack_matrix": Op(("weight", "format"), sound_matrix, check_matrix, refused=100),
     "linear": Op(test_linear_ops.LINEAR, sound_linear, check_linear),
+    "gather_kept": Op(test_prune_ops.GATHERING, sound_gathering, check_gathering, ("kept_keys", "kept_values")),
+    "ragged_attention": Op(test_prune_ops.RAGGED, sound_ragged, check_ragged),
+    "attention_received": Op(test_prune_ops.RECEIVED, sound_received, check_received),
     "choose_tokens": Op(("scores", "added", "count"), sound_choice, check_choice, refused=100),
     "decoder_step": Op(test_step_ops.STEP, sound_step, check_step, ("caches",)),
 }
-OF_THE_CPU = {"encoder_attention", "pack_matrix", "linear", "choose_tokens", "decoder_step"}
+OF_THE_CPU = {
+    "encoder_attention", "pack_matrix", "linear", "choose_tokens", "decoder_step", "gather_kept", "ragged_attention",
+    "attention_received",
+}  # fmt: skip
 
 
 def change_of(draw, value, others):

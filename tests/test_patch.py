@@ -8,7 +8,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers import DynamicCache, EncoderDecoderCache, WhisperForAudioClassification, WhisperForConditionalGeneration
+from transformers import (
+    DynamicCache,
+    EncoderDecoderCache,
+    WhisperForAudioClassification,
+    WhisperForConditionalGeneration,
+)
 from transformers.models.whisper.modeling_whisper import WhisperAttention
 
 from whisperkv import CrossConfig, EvictionConfig, eligible, ops, patch, stats, unpatch

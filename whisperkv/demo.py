@@ -12,12 +12,12 @@ import torch
 from numpy.typing import NDArray
 from transformers import WhisperForConditionalGeneration, WhisperProcessor
 
+from .audio import RATE, read_audio
 from .config import CrossConfig, EvictionConfig
 from .ctranslate2 import load_ctranslate2
 from .features import log_mel
 from .patching import patch, stats, unpatch
 
-RATE = 16_000  # samples a second, of all Whispers
 WINDOW = 30  # seconds that Whisper hears at once
 ROUNDS, PATIENCE = 4, 60  # the best of so many; only two of them once so many seconds have passed
 WAYS = {
@@ -44,28 +44,6 @@ def demo_audio() -> tuple[NDArray[np.float32], str]:
     """`(samples, text)`: half a minute of synthetic speech, float32 at 16 kHz, and what it says."""
     data = Path(__file__).parent / "data"
     return read_audio(data / "speech.flac"), (data / "speech.txt").read_text().strip()
-
-
-def read_audio(path):
-    """A recording of any rate and number of channels, as float32 mono at 16 kHz."""
-    try:
-        import soundfile
-        import soxr
-    except ImportError as error:
-        raise ImportError(f"{error.name} is not installed: pip install whisperkv[demo]") from error
-    with open(path, "rb") as file:
-        try:
-            samples, rate = soundfile.read(file, dtype="float32", always_2d=True)
-        except soundfile.LibsndfileError as error:
-            raise ValueError(f"{path}: {error.error_string} Pass WAV, FLAC, OGG or MP3") from error
-    samples = samples.mean(axis=1)
-    if len(samples) and rate != RATE:
-        samples = soxr.resample(samples, rate, RATE)
-    if len(samples) == 0:
-        raise ValueError(f"{path}: there is no sound in it")
-    if not abs(samples).max() < float("inf"):
-        raise ValueError(f"{path}: not every sample is a number")
-    return samples
 
 
 def transcribe(model, processor, samples, beams, extract=None):

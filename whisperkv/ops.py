@@ -65,7 +65,7 @@ def _refuse_transform(*args):
 _library = torch.library.Library("whisperkv", "IMPL")
 for _name in (
     "compact_attention", "score_evict", "pack_frames", "cross_attention", "encoder_attention", "pack_matrix", "linear",
-    "decoder_step", "choose_tokens",
+    "decoder_step", "gather_kept", "ragged_attention", "attention_received", "choose_tokens",
 ):  # fmt: skip
     _library.impl(_name, torch.library.fallthrough_kernel, "Autograd")
     _library.impl(_name, _refuse_transform, "FuncTorchDynamicLayerFrontMode")
@@ -78,6 +78,9 @@ pack_matrix = torch.ops.whisperkv.pack_matrix.default
 linear = torch.ops.whisperkv.linear.default
 decoder_step = torch.ops.whisperkv.decoder_step.default
 encoder_attention = torch.ops.whisperkv.encoder_attention.default
+gather_kept = torch.ops.whisperkv.gather_kept.default
+ragged_attention = torch.ops.whisperkv.ragged_attention.default
+attention_received = torch.ops.whisperkv.attention_received.default
 choose_tokens = torch.ops.whisperkv.choose_tokens.default  # on the CPU alone
 
 TILE, CHANNELS, MOST_CHANNELS = 16, 32, 132_096  # of a packed cache, as in whisperkv.h
@@ -94,6 +97,11 @@ ON_CPU = ISA != "cuda_on_cpu"  # whether the ops are there that are the CPU's al
 def chooses(tensor):
     """Whether choose_tokens takes it."""
     return tensor.device.type == "cpu" and ON_CPU
+
+
+def prunes(tensor):
+    """Whether gather_kept, ragged_attention and attention_received take tensors like it."""
+    return tensor.device.type == "cpu" and ON_CPU and tensor.dtype in (torch.float32, torch.bfloat16, torch.float16)
 
 
 # What torch.compile and torch.export see. The dtype of a cache may be any, but is the same for all of None.
@@ -166,6 +174,29 @@ _STEP_HEARD_PACKED = {
     "value scales": (torch.float32, "audios audio_heads groups two channels"),
 }
 _STEP_PARTS = 13
+_GATHERING = {
+    "keys": (None, "rows kv_heads tokens dim"),
+    "values": (None, "rows kv_heads tokens dim"),
+    "index": (torch.int32, "rows kv_heads most"),
+    "starts": (torch.int32, "rows kv_heads"),
+    "lengths": (torch.int32, "rows kv_heads"),
+    "kept_keys": (None, "slots dim"),
+    "kept_values": (None, "slots dim"),
+}
+_RAGGED = {
+    "query": (None, "rows heads queries dim"),
+    "keys": (None, "slots dim"),
+    "values": (None, "slots dim"),
+    "starts": (torch.int32, "rows kv_heads"),
+    "lengths": (torch.int32, "rows kv_heads"),
+    "bias": (torch.float32, "slots"),  # or empty
+}
+_RECEIVED = {
+    "query": (None, "rows heads queries dim"),
+    "positions": (torch.int32, "queries"),
+    "keys": (None, "rows kv_heads tokens dim"),
+    "visible": (torch.uint8, "rows tokens"),  # or bool
+}
 _CHOICE = {"scores": (torch.float32, "audios beams vocabulary"), "added": (torch.float32, "audios beams")}
 
 
@@ -381,6 +412,34 @@ def _(
     fit_vector(weights[-2], width)
     fit_vector(weights[-1], width)
     return x.new_empty(x.shape)
+
+
+def _check_groups(op, sizes):
+    heads, kv_heads = sizes["heads"], sizes["kv_heads"]
+    text = f"{op.name()}: query must have heads that are a multiple of {kv_heads} kv_heads, got {heads}"
+    torch._check(heads % kv_heads == 0, lambda: text)
+
+
+@torch.library.register_fake(gather_kept)
+def _(keys, values, index, starts, lengths, kept_keys, kept_values):
+    _sizes(gather_kept, _GATHERING, keys, values, index, starts, lengths, kept_keys, kept_values)
+
+
+@torch.library.register_fake(ragged_attention)
+def _(query, keys, values, starts, lengths, bias, scale):
+    given = dict(query=query, keys=keys, values=values, starts=starts, lengths=lengths)
+    given |= {} if 0 in bias.shape else {"bias": bias}
+    sizes = _sizes(ragged_attention, {name: _RAGGED[name] for name in given}, *given.values())
+    _check_groups(ragged_attention, sizes)
+    return query.new_empty([sizes[side] for side in ("rows", "queries", "heads", "dim")])
+
+
+@torch.library.register_fake(attention_received)
+def _(query, positions, keys, visible, scale):
+    layout = _RECEIVED | ({"visible": (torch.bool, "rows tokens")} if visible.dtype == torch.bool else {})
+    sizes = _sizes(attention_received, layout, query, positions, keys, visible)
+    _check_groups(attention_received, sizes)
+    return query.new_empty([sizes[side] for side in ("rows", "kv_heads", "tokens")], dtype=torch.float32)
 
 
 @torch.library.register_fake(choose_tokens)

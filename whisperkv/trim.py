@@ -90,6 +90,14 @@ def kept_frames(features, attention_mask, trim):
     return kept | ~(low.isfinite() & high.isfinite()).all(-1, keepdim=True)
 
 
+def silent_frames(features, stretch=STRETCH):
+    """bool [audios, frames]: where no speech is for so many frames (an odd number), by voice.listen() or energy,
+    padding included. As kept_frames."""
+    values = features.float()
+    flat = values.amin(1) == values.amax(1)
+    return _stretches(_quiet(values, flat, flat), stretch)
+
+
 def _quiet(features, flat, empty):
     """bool [audios, frames]: by Silero where it was heard, elsewhere by energy. Flat columns are quiet in any case, and
     those that are empty say nothing of the noise floor."""
@@ -110,10 +118,10 @@ def _frames(columns, frames):
     return columns[:, : 2 * frames].unflatten(-1, (frames, 2)).all(-1)
 
 
-def _stretches(silent):
-    """Without those shorter than STRETCH. Before the audio and after it there is silence."""
-    cores = ~_widened(~silent, STRETCH)
-    return _widened(cores, STRETCH)
+def _stretches(silent, stretch=STRETCH):
+    """Without shorter ones. Before the audio and after it there is silence."""
+    cores = ~_widened(~silent, stretch)
+    return _widened(cores, stretch)
 
 
 def _widened(marked, width):

@@ -14,7 +14,7 @@ static const char *const device_names[] = {TORCH_DEVICES(TEXT) "another device"}
 static const char *const size_names[SIZES] = {"rows",   "tokens", "heads", "slots",    "dim",    "cursors", "audios",
                                               "frames", "tiles",  "strip", "channels", "groups", "2",       "counters",
                                               "inputs", "outputs", "panels", "words", "other rows", "head",
-                                              "audio heads", "beams", "vocabulary"};
+                                              "audio heads", "beams", "vocabulary", "kv_heads", "most", "queries"};
 
 bool fail(struct call *const call, const char *const format, ...) {
   va_list values;
@@ -70,6 +70,7 @@ bool is_empty(const struct call *const call, const int i) {
 static int alignment_of(const int dtype) {
   switch (dtype) {
     case TORCH_DTYPE_uint8: return codes_alignment;
+    case TORCH_DTYPE_bool: return 1;
     case TORCH_DTYPE_bfloat16:
     case TORCH_DTYPE_float16: return 2;
     default: return 4;
@@ -117,18 +118,40 @@ bool accept(struct call *const call, const int i, const struct argument *const w
   return true;
 }
 
-bool accept_rows(struct call *const call, const int i, const struct argument *const want, int64_t *const stride) {
-  int64_t *strides;
+/* Of any number of sides; of those that are one long, there are no steps. */
+static bool accept_strided(struct call *const call, const int i, const struct argument *const want,
+                           int64_t steps[MAX_DIM]) {
+  int64_t *strides, numbers = 1;
   if (!accept(call, i, want, false)) return false;
   if (shim.aoti_torch_get_strides(call->tensors[i], &strides)) return fail(call, "%s has no strides", want->name);
-  const int64_t *const size = call->sizes, rows = size[want->shape[0]], numbers = size[want->shape[1]];
-  if ((numbers > 1 && strides[1] != 1) || strides[0] < 0)
-    return fail(call, "%s must have rows whose numbers lie side by side, got a strided view", want->name);
-  if ((uintptr_t)call->data[i] % alignment_of(want->dtype))
+  const int last = want->dim - 1, alignment = alignment_of(want->dtype == CACHE ? call->cache_dtype : want->dtype);
+  for (int d = 0; d <= last; d++) {
+    const int64_t size = call->sizes[want->shape[d]];
+    steps[d] = size > 1 ? strides[d] : 0;
+    if (steps[d] < 0 || (d == last && size > 1 && steps[d] != 1))
+      return fail(call, "%s must have rows whose numbers lie side by side, got a strided view: call contiguous()",
+                  want->name);
+    numbers = size && numbers ? numbers + (size - 1) * steps[d] : 0;
+  }
+  if ((uintptr_t)call->data[i] % alignment)
     return fail(call, "%s must begin at a multiple of %d bytes, got a shifted view: clone() it", want->name,
-                alignment_of(want->dtype));
-  *stride = rows > 1 ? strides[0] : numbers;
-  call->bytes[i] = rows ? (size_t)((rows - 1) * *stride + numbers) * alignment_of(want->dtype) : 0;
+                alignment);
+  call->bytes[i] = (size_t)numbers * alignment;
+  return true;
+}
+
+bool accept_rows(struct call *const call, const int i, const struct argument *const want, int64_t *const stride) {
+  int64_t steps[MAX_DIM];
+  if (!accept_strided(call, i, want, steps)) return false;
+  *stride = call->sizes[want->shape[0]] > 1 ? steps[0] : call->sizes[want->shape[1]];
+  return true;
+}
+
+bool accept_view(struct call *const call, const int i, const struct argument *const want,
+                 struct wkv_view *const view) {
+  int64_t steps[MAX_DIM];
+  if (!accept_strided(call, i, want, steps)) return false;
+  *view = (struct wkv_view){call->data[i], .row = steps[0], .head = steps[1], .token = steps[2]};
   return true;
 }
 

@@ -9,7 +9,8 @@
 
 enum size {
   ROWS, TOKENS, HEADS, SLOTS, DIM, CURSORS, AUDIOS, FRAMES, TILES, STRIP, CHANNELS, GROUPS, PAIR, COUNTED, INPUTS,
-  OUTPUTS, PANELS, WORDS, OTHER_ROWS, HEAD, AUDIO_HEADS, BEAMS, VOCABULARY, SIZES
+  OUTPUTS, PANELS, WORDS, OTHER_ROWS, HEAD, AUDIO_HEADS, BEAMS, VOCABULARY, KV_HEADS, MOST,
+  QUERIES, SIZES
 };
 
 enum { UNKNOWN = -1, CACHE = TORCH_DTYPE_COUNT };
@@ -42,6 +43,9 @@ bool accept(struct call *, int i, const struct argument *, bool is_read);
 
 /* The same of one whose rows may lie apart, each whole: [rows, numbers], so many numbers from one to the next. */
 bool accept_rows(struct call *, int i, const struct argument *, int64_t *stride);
+
+/* The same of four sides, of which the last alone must lie side by side. */
+bool accept_view(struct call *, int i, const struct argument *, struct wkv_view *);
 
 /* Of the tensors accepted, those that the op writes (a bit of `written` each) share memory with no other. */
 bool are_apart(struct call *, const struct argument *, int count, unsigned written);

@@ -28,8 +28,6 @@ bool share_out(struct call *const call, const int64_t items, const double number
          fail(call, "torch could not share out the work");
 }
 
-/* The same of work that needs memory beside: each thread takes its own. */
-typedef void scratch_task(const void *problem, void *scratch, int64_t begin, int64_t end);
 struct with_scratch {
   scratch_task *task;
   const void *problem;
@@ -45,8 +43,8 @@ static void run_with_scratch(const int64_t begin, const int64_t end, void *const
   free(scratch);
 }
 
-static bool share_out_with_scratch(struct call *const call, const int64_t items, const double numbers_per_item,
-                                   scratch_task *const task, const void *const problem, const size_t bytes) {
+bool share_out_with_scratch(struct call *const call, const int64_t items, const double numbers_per_item,
+                            scratch_task *const task, const void *const problem, const size_t bytes) {
   struct with_scratch work = {task, problem, bytes, false};
   return share_out(call, items, numbers_per_item, run_with_scratch, &work) &&
          (!work.no_memory || fail(call, "no memory for a thread's scratch"));

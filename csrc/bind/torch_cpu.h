@@ -8,6 +8,11 @@ extern const struct wkv_cpu_kernels *cpu_kernels;
 /* Which thread does an item does not change its bits. */
 bool share_out(struct call *, int64_t items, double numbers_per_item, torch_range_task, void *context);
 
+/* The same of work that needs so many bytes beside: each thread takes its own. */
+typedef void scratch_task(const void *problem, void *scratch, int64_t begin, int64_t end);
+bool share_out_with_scratch(struct call *, int64_t items, double numbers_per_item, scratch_task *, const void *problem,
+                            size_t bytes);
+
 /* Whether compact_attention may read what it is given, and the work of it once that is known. */
 bool is_sound(struct call *, const struct wkv_attention *);
 bool attend_sound(struct call *, const struct wkv_attention *);

@@ -93,6 +93,25 @@ bool device_step(struct call *const call, const struct step *const s) {
   return fail(call, "there is no such kernel for CUDA: capture a graph of the layers");
 }
 
+static bool of_the_cpu(struct call *const call) {
+  return fail(call, "pruned caches are attended over on the CPU alone: move the model there");
+}
+
+bool device_gather(struct call *const call, struct wkv_gathering *const g) {
+  (void)g;
+  return of_the_cpu(call);
+}
+
+bool device_attend_ragged(struct call *const call, struct wkv_ragged_attention *const a) {
+  (void)a;
+  return of_the_cpu(call);
+}
+
+bool device_receive(struct call *const call, struct wkv_received *const r) {
+  (void)r;
+  return of_the_cpu(call);
+}
+
 bool device_choose(struct call *const call, struct wkv_choice *const c) {
   (void)c;
   return fail(call, "it is for tensors on the CPU (torch.topk does the same on a GPU)");

@@ -25,6 +25,11 @@ bool device_attend_frames(struct call *, struct wkv_encoder_attention *);
 /* Matrices. rows says what x is, and linear what becomes of it; the rest is taken care of. */
 bool device_pack_matrix(struct call *, const struct wkv_matrix_packing *);
 bool device_linear(struct call *, const struct wkv_rows *, const struct wkv_linear *);
+/* Pruned caches. What these need beside is taken care of. */
+bool device_gather(struct call *, struct wkv_gathering *);
+bool device_attend_ragged(struct call *, struct wkv_ragged_attention *);
+bool device_receive(struct call *, struct wkv_received *);
+
 /* Takes the memory for it. */
 bool device_choose(struct call *, struct wkv_choice *);
 

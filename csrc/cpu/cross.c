@@ -4,23 +4,6 @@
 #include "cross_floats.h"
 #include "cross_packed.h"
 #include "isa.h"
-#include "softmax.h"
-
-/* ---- softmax, block by block ---- */
-
-/* Logits of a block become exponentials; the sums so far are to shrink whenever it holds a larger one. */
-INLINE void soften(struct work *const w, const int64_t query, const int64_t first, const int64_t frames) {
-  float *const logits = w->logits + query * WKV_BLOCK, *const totals = w->totals[query];
-  const int64_t padded = wkv_round_up(frames, WKV_TILE);
-  if (w->bias) add(logits, w->bias + first, frames);
-  if (w->kept_logits[query]) memcpy(w->kept_logits[query] + first, logits, (size_t)frames * sizeof *logits);
-  for (int64_t f = frames; f < padded; f++) logits[f] = -INFINITY;
-  const float top = largest(logits, padded, totals[0]);
-  w->shrink[query] = exponential(splat(totals[0] - top))[0];
-  w->added[query] = exponentiate(logits, padded, top);
-  totals[0] = top;
-  totals[1] = totals[1] * w->shrink[query] + w->added[query];
-}
 
 INLINE void attend(const enum wkv_dtype dtype, const int bits, const bool is_narrow, struct work *const w,
                    const int64_t first_block, const int64_t last_block, const int64_t block) {
@@ -28,10 +11,10 @@ INLINE void attend(const enum wkv_dtype dtype, const int bits, const bool is_nar
     const int64_t first = b * block, frames = least(block, w->length - first);
     if (frames <= 0) return;
     if (bits) score_codes(bits, w, first, frames);
-    else score_floats(dtype, is_narrow, w, first, frames);
+    else score_floats(dtype, is_narrow, false, w, first, frames);
     for (int64_t q = 0; q < w->queries; q++) soften(w, q, first, frames);
     if (bits) mix_codes(bits, is_narrow, w, first, frames);
-    else mix_floats(dtype, w, first, frames);
+    else mix_floats(dtype, false, w, first, frames);
   }
 }
 
@@ -58,24 +41,6 @@ INLINE void take_buffers(const enum wkv_dtype dtype, const int bits, struct work
   w->query_codes = take(&scratch, WKV_TOGETHER * channels);
   w->weight_codes = take(&scratch, WKV_TOGETHER * WKV_BLOCK);
   w->weight_lanes = take(&scratch, WKV_TOGETHER * WKV_BLOCK * sizeof *w->weight_lanes);
-}
-
-INLINE void load_query(const enum wkv_dtype dtype, const bool packed, const void *const from, const int64_t head_dim,
-                       const float scale, const struct work *const w, const int64_t query) {
-  for (int64_t d = 0; d < w->channels; d += PAIR) {
-    const int64_t n = least(PAIR, head_dim - d), place = query * w->channels + d;
-    struct pair x = {0};
-    if (n > 0 && !packed) x = load_some(dtype, at(dtype, from, d), n);
-    if (n > 0 && packed) x.a = load_in_order(dtype, at(dtype, from, d), least(n, W));
-    if (n > W && packed) x.b = load_in_order(dtype, at(dtype, from, d + W), n - W);
-    x = (struct pair){x.a * scale, x.b * scale};
-    if (in_bfloat16(dtype) && !packed) {
-      store_full(dtype, w->rounded_query + place, x);
-    } else {
-      store(w->query + place, x.a);
-      store(w->query + place + W, x.b);
-    }
-  }
 }
 
 INLINE void attend_item(const enum wkv_dtype dtype, const int bits, const bool is_narrow,

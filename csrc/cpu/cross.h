@@ -3,7 +3,7 @@
 #define WHISPERKV_CROSS_H
 #include <stdbool.h>
 
-#include "simd.h"
+#include "softmax.h"
 
 enum { NARROW = 64 }; /* channels of a head of every Whisper */
 
@@ -31,6 +31,20 @@ struct work {
   int32_t *weight_codes;             /* [queries, WKV_BLOCK / 4], four frames in each, then zeros */
   int32_t *weight_lanes;             /* [queries, WKV_BLOCK / 4, 4], each of these four times over */
 };
+
+/* Logits of a block become exponentials; the sums so far are to shrink whenever it holds a larger one. */
+INLINE void soften(struct work *const w, const int64_t query, const int64_t first, const int64_t frames) {
+  float *const logits = w->logits + query * WKV_BLOCK, *const totals = w->totals[query];
+  const int64_t padded = wkv_round_up(frames, WKV_TILE);
+  if (w->bias) add(logits, w->bias + first, frames);
+  if (w->kept_logits[query]) memcpy(w->kept_logits[query] + first, logits, (size_t)frames * sizeof *logits);
+  for (int64_t f = frames; f < padded; f++) logits[f] = -INFINITY;
+  const float top = largest(logits, padded, totals[0]);
+  w->shrink[query] = exponential(splat(totals[0] - top))[0];
+  w->added[query] = exponentiate(logits, padded, top);
+  totals[0] = top;
+  totals[1] = totals[1] * w->shrink[query] + w->added[query];
+}
 
 /* How many of the queries that are left go together: all if they are few, else the usual number. */
 INLINE int64_t together(const int64_t left, const int most, const int usual) { return left <= most ? left : usual; }

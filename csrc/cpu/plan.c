@@ -1,6 +1,7 @@
 /* What is settled before a kernel runs: whether cursors and owners may be trusted, and who does what. */
 #include <stdbool.h>
 #include <stdio.h>
+#include <stdlib.h>
 
 #include "../whisperkv.h"
 
@@ -92,6 +93,91 @@ size_t wkv_cross_scratch(const struct wkv_cross_attention *const a) {
          sizeof(int32_t) * WKV_TOGETHER * WKV_BLOCK;
 }
 
+/* ---- pruned caches ---- */
+
+const char *wkv_check_kept(const int32_t *const starts, const int32_t *const lengths, const int64_t rows,
+                           const int64_t kv_heads, const int64_t most, const int64_t slots, char *const error,
+                           const size_t error_size) {
+  for (int64_t i = 0; i < rows * kv_heads; i++) {
+    const bool is_long = lengths[i] < 0 || lengths[i] > most;
+    const int64_t last = slots - lengths[i];
+    if (!is_long && starts[i] >= 0 && starts[i] <= last) continue;
+    snprintf(error, error_size, "%s of row %lld, head %lld must be in 0..%lld%s, got %d", is_long ? "length" : "start",
+             (long long)(i / kv_heads), (long long)(i % kv_heads), (long long)(is_long ? most : last),
+             is_long ? "" : " to leave room for its slots", is_long ? lengths[i] : starts[i]);
+    return error;
+  }
+  return NULL;
+}
+
+/* Where a head's slots begin, and which it is. */
+static int by_start(const void *const one, const void *const other) {
+  const int64_t a = *(const int64_t *)one, b = *(const int64_t *)other;
+  return (a > b) - (a < b);
+}
+
+static const char *check_ranges(const struct wkv_gathering *const g, int64_t *const order, char *const error,
+                                const size_t error_size) {
+  const int64_t heads = g->rows * g->kv_heads;
+  int64_t used = 0;
+  for (int64_t i = 0; i < heads; i++)
+    if (g->lengths[i]) order[used++] = (int64_t)g->starts[i] * heads + i;
+  qsort(order, (size_t)used, sizeof *order, by_start);
+  for (int64_t i = 1; i < used; i++) {
+    const int64_t one = order[i - 1] % heads, other = order[i] % heads;
+    if (g->starts[one] + (int64_t)g->lengths[one] <= g->starts[other]) continue;
+    snprintf(error, error_size,
+             "starts give slot %d to row %lld, head %lld and to row %lld, head %lld: each must have slots of its own",
+             g->starts[other], (long long)(one / g->kv_heads), (long long)(one % g->kv_heads),
+             (long long)(other / g->kv_heads), (long long)(other % g->kv_heads));
+    return error;
+  }
+  return NULL;
+}
+
+const char *wkv_check_gathering(const struct wkv_gathering *const g, int64_t *const order, char *const error,
+                                const size_t error_size) {
+  const volatile int32_t *const index = g->index; /* another thread may write it */
+  if (check_ranges(g, order, error, error_size)) return error;
+  for (int64_t head = 0; head < g->rows * g->kv_heads; head++)
+    for (int64_t i = 0; i < g->lengths[head]; i++) {
+      const int32_t token = index[head * g->most + i];
+      if (token >= 0 && token < g->tokens) continue;
+      snprintf(error, error_size, "index %lld of row %lld, head %lld must be one of %lld tokens, got %d", (long long)i,
+               (long long)(head / g->kv_heads), (long long)(head % g->kv_heads), (long long)g->tokens, token);
+      return error;
+    }
+  return NULL;
+}
+
+const char *wkv_check_positions(const int32_t *const positions, const int64_t queries, const int64_t tokens,
+                                char *const error, const size_t error_size) {
+  for (int64_t query = 0; query < queries; query++)
+    if (positions[query] < 0 || positions[query] >= tokens) {
+      snprintf(error, error_size, "positions of query %lld must be one of %lld tokens, got %d", (long long)query,
+               (long long)tokens, positions[query]);
+      return error;
+    }
+  return NULL;
+}
+
+void wkv_ragged_plan(struct wkv_ragged_attention *const a) {
+  a->range = WKV_RANGE * wkv_ragged_lots(a); /* so that the sums take as much memory as the queries of one lot */
+  a->ranges = 0;
+  for (int64_t head = 0; head < a->rows * a->kv_heads; head++) {
+    const int64_t its = wkv_count_of(a->lengths[head], a->range);
+    a->first[head] = a->ranges;
+    for (int64_t i = 0; a->owner && i < its; i++) a->owner[a->ranges + i] = head;
+    a->ranges += its;
+  }
+  a->first[a->rows * a->kv_heads] = a->ranges;
+}
+
+size_t wkv_ragged_scratch(const struct wkv_ragged_attention *const a) {
+  const size_t channels = (size_t)wkv_round_up(a->head_dim, WKV_CHANNELS);
+  return sizeof(float) * WKV_TOGETHER * (channels + WKV_BLOCK + WKV_BLOCK / 2);
+}
+
 /* Instruction sets differ in how many frames and channels stand side by side: 64 at most. */
 enum { SIDE_BY_SIDE = 64 };
 
@@ -104,4 +190,17 @@ int64_t wkv_encoder_scratch(const struct wkv_encoder_attention *const a) {
   const int64_t frames = wkv_round_up(a->frames, SIDE_BY_SIDE), channels = wkv_round_up(a->head_dim, SIDE_BY_SIDE);
   const int64_t queries = channels, largest = SIDE_BY_SIDE, weights = frames + SIDE_BY_SIDE, sums = channels;
   return WKV_QUERIES * (queries + largest + weights + sums);
+}
+
+int64_t wkv_received_tokens(const struct wkv_received *const r) { return wkv_round_up(r->tokens, SIDE_BY_SIDE); }
+
+int64_t wkv_received_packed(const struct wkv_received *const r) {
+  const int64_t tokens = wkv_received_tokens(r), channels = wkv_round_up(r->head_dim, SIDE_BY_SIDE);
+  return tokens * channels + tokens; /* the keys, and which are seen */
+}
+
+size_t wkv_received_scratch(const struct wkv_received *const r) {
+  const int64_t tokens = wkv_received_tokens(r), channels = wkv_round_up(r->head_dim, SIDE_BY_SIDE);
+  const int64_t blocks = wkv_count_of(tokens, WKV_BLOCK);
+  return sizeof(float) * (size_t)(WKV_CHUNK * (channels + tokens + 2 * SIDE_BY_SIDE + blocks));
 }

@@ -1,0 +1,3 @@
+from .family import Family
+
+GLM_ASR = Family(names=("glmasr",), rate=12.5)

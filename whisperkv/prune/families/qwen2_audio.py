@@ -1,0 +1,3 @@
+from .family import Family
+
+QWEN2_AUDIO = Family(names=("qwen2_audio",), rate=25)

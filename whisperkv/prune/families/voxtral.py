@@ -1,0 +1,3 @@
+from .family import Family
+
+VOXTRAL = Family(names=("voxtral",), rate=12.5)
