@@ -182,15 +182,34 @@ def hiding(model, hidden):
 
 
 def chosen(model, inputs, share, by, random):
-    """Which tokens to hide: that share of each row's audio tokens, at random or those surest to be blank."""
+    """Which tokens to hide: that share of each row's audio tokens, those of the lowest rank first."""
     is_audio = inputs["input_ids"] == model.config.audio_token_id
-    rank = torch.rand(is_audio.shape, generator=random)
-    if by == "blank":
-        with torch.no_grad():
-            blank = model(**inputs).ctc_logits.softmax(-1)[:, PAD]
-        rank = torch.zeros(is_audio.shape).masked_scatter(is_audio, -blank)
-    order = rank.masked_fill(~is_audio, 2.0).argsort(1).argsort(1)
+    order = RANKS[by](model, inputs, is_audio, random).masked_fill(~is_audio, torch.inf).argsort(1).argsort(1)
     return order < (share * is_audio.sum(1, keepdim=True)).round()
+
+
+def at_random(model, inputs, is_audio, random):
+    return torch.rand(is_audio.shape, generator=random)
+
+
+@torch.no_grad()
+def not_blank(model, inputs, is_audio, random):
+    """What is surest to be blank to CTC ranks lowest."""
+    blank = model(**inputs).ctc_logits.softmax(-1)[:, PAD]
+    return torch.zeros(is_audio.shape).masked_scatter(is_audio, -blank)
+
+
+@torch.no_grad()
+def attended(model, inputs, is_audio, random):
+    """By the attention that the text will pay, over all layers and heads: what no pruner can know beforehand."""
+    tokens, length = model.generate(**inputs), is_audio.shape[1]
+    mask = torch.nn.functional.pad(inputs["attention_mask"], (0, tokens.shape[1] - length), value=1)
+    weights = model(tokens, inputs["input_features"], mask, output_attentions=True).attentions
+    is_text = (tokens[:, length:] != PAD).float()
+    return sum(torch.einsum("rhqk,rq->rk", one[:, :, length:, :length], is_text) for one in weights)
+
+
+RANKS = {"random": at_random, "blank": not_blank, "attention": attended}
 
 
 def judged(model, spoken, task, share=0.0, by="random", batch=8, **settings):
@@ -222,7 +241,8 @@ def main():
     evaluating = commands.add_parser("evaluate", help="exact match and digit error rate on held-out recordings")
     evaluating.add_argument("--model", type=Path, required=True, metavar="DIR")
     evaluating.add_argument("--count", type=int, default=TEST["count"], help="sequences (default: %(default)s)")
-    evaluating.add_argument("--hide", type=float, nargs="*", default=[], help="shares of audio tokens, after the prompt")
+    evaluating.add_argument("--hide", type=float, nargs="*", default=[], help="shares of audio tokens")
+    evaluating.add_argument("--by", nargs="*", default=RANKS, choices=RANKS, help="which (default: each in turn)")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     if args.command == "train":
@@ -232,10 +252,11 @@ def main():
         return
     model = WhisperLLM.from_pretrained(args.model).eval()
     task = TASKS[json.loads((args.model / ABOUT).read_text())["task"]]
+    model.language_model.set_attn_implementation("eager")  # which returns attentions
     spoken = list(sequences(task, "test", args.count, TEST["seed"], args.data))
     print(json.dumps({"hidden": 0, **judged(model, spoken, task)}), flush=True)
     for share in args.hide:
-        for by in ("random", "blank"):
+        for by in args.by:
             print(json.dumps({"hidden": share, "by": by, **judged(model, spoken, task, share, by)}), flush=True)
 
 

@@ -153,6 +153,23 @@ def test_hiding(model):
     torch.testing.assert_close(logits, fewer.scores[1], rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("by", ["random", "blank", "attention"])
+def test_chosen(model, by):
+    """A share of each row's audio tokens, and nothing else; more hides what fewer hid."""
+    from speech_llm import chosen
+
+    given, generator = inputs(), torch.Generator()
+    model.language_model.set_attn_implementation("eager")
+    try:
+        model.generation_config.max_new_tokens = 3
+        half, most = (chosen(model, given, share, by, generator.manual_seed(0)) for share in (0.5, 0.8))
+    finally:
+        model.language_model.set_attn_implementation("sdpa")
+        model.generation_config.max_new_tokens = None
+    assert half.sum(1).tolist() == [10, 16, 6] and most.sum(1).tolist() == [16, 25, 10]
+    assert not (most & (given["input_ids"] != AUDIO)).any() and not (half & ~most).any()
+
+
 # Digits
 
 
