@@ -16,8 +16,8 @@ import audio
 import clips
 import decoding
 import models
-import numpy
 import tables
+from audio import errors, interval
 from settings import OURS, unknown
 from tqdm import tqdm
 
@@ -26,7 +26,7 @@ from whisperkv import CrossConfig
 from whisperkv.features import log_mel
 
 FULL = "unpatched"
-TOKENS, DRAWS = 200, 10_000
+TOKENS = 200
 KINDS = ("windows", "utterances", "speechless", "short", "noisy")
 COLUMNS = {
     "model": ("model", ""), "kind": ("audio", ""), "setting": ("setting", ""), "wer": ("WER %", ".2f"),
@@ -65,29 +65,6 @@ def likelihood(model, processor, speeches, transcripts, batch):
         nats, tokens = decoding.negative_log_likelihood(model, features, [start] * len(group), forced)
         total, count = total + nats, count + tokens
     return total / count
-
-
-def errors(speeches, texts):
-    """(wrong words, words) of each audio, int [audios] twice"""
-    import jiwer
-
-    wrong, words = [], []
-    for speech, text in zip(speeches, texts):
-        found = jiwer.process_words(audio.normalized(speech.text), audio.normalized(text))
-        wrong.append(found.substitutions + found.deletions + found.insertions)
-        words.append(found.substitutions + found.deletions + found.hits)
-    return numpy.array(wrong), numpy.array(words)
-
-
-def interval(more, words):
-    """Of the difference in WER, in points: audios drawn with replacement, both settings on the same ones.
-
-    more   wrong words beyond the full model's, of each audio
-    words  spoken, of each audio
-    """
-    drawn = numpy.random.default_rng(0).integers(len(more), size=(DRAWS, len(more)))
-    differences = 100 * more[drawn].sum(1) / words[drawn].sum(1)
-    return numpy.percentile(differences, [2.5, 97.5]).tolist()
 
 
 def rows(model, processor, speeches, batch, settings, progress):

@@ -7,6 +7,8 @@ from pathlib import Path
 import numpy
 from transformers.models.whisper.english_normalizer import EnglishTextNormalizer
 
+from whisperkv import evaluation
+
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 RATE, LONGEST = 16000, 29.5  # seconds in a window
 
@@ -74,3 +76,20 @@ def word_error_rate(speeches, texts):
     import jiwer
 
     return 100 * jiwer.wer([normalized(speech.text) for speech in speeches], [normalized(text) for text in texts])
+
+
+def errors(speeches, texts):
+    """(wrong words, words) of each audio, int [audios] twice"""
+    counts = [
+        evaluation.word_errors(normalized(text), normalized(speech.text)) for speech, text in zip(speeches, texts)
+    ]
+    return numpy.array(counts).T
+
+
+def interval(more, words):
+    """Of the difference in WER, in points: audios drawn with replacement, both settings on the same ones.
+
+    more   wrong words beyond the full model's, of each audio
+    words  spoken, of each audio
+    """
+    return [100 * edge for edge in evaluation.interval(more, words)]

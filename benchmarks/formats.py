@@ -11,17 +11,15 @@ token by token where tokens are evicted. The interval is that of a paired bootst
 import audio
 import decoding
 import eviction
-import jiwer
 import models
-import numpy
 import tables
+from audio import errors, interval
 from tqdm import tqdm
 
 import whisperkv
 from whisperkv import CrossConfig
 from whisperkv.config import FORMATS, TRIMS
 
-RESAMPLES, SEED = 10_000, 1
 CONFIGS = [
     "full",
     *FORMATS,
@@ -64,23 +62,6 @@ def parsed(text):
     group = int(rest.pop(0)) if rest and rest[0].isdecimal() else CrossConfig.group
     trim = rest.pop(0) if rest and rest[0] in TRIMS else CrossConfig.trim
     return {"cross": CrossConfig(form, trim, group=group), "eviction": eviction.parsed(" ".join(rest) or "full")}
-
-
-def errors(speeches, texts):
-    """Wrong words and words of each audio, [audios] both."""
-    counts = []
-    for speech, text in zip(speeches, texts):
-        found = jiwer.process_words(audio.normalized(speech.text), audio.normalized(text))
-        lost = found.substitutions + found.deletions
-        counts.append((lost + found.insertions, lost + found.hits))
-    return numpy.array(counts).T
-
-
-def interval(wrong, wrong_full, words):
-    """Of the difference of two word error rates, over the same audios drawn anew."""
-    drawn = numpy.random.default_rng(SEED).integers(len(words), size=(RESAMPLES, len(words)))
-    more = (wrong - wrong_full)[drawn].sum(1) / words[drawn].sum(1)
-    return [float(100 * each) for each in numpy.quantile(more, (0.025, 0.975))]
 
 
 def measured(model, processor, tasks, settings):
@@ -143,7 +124,7 @@ def main(args):
                 progress.set_description(f"{model_name}, {name}: {config}")
                 row, texts = measured(model, processor, tasks, parsed(config))
                 wrong, _ = errors(speeches[name], texts)
-                least, most = interval(wrong, wrong_full, words)
+                least, most = interval(wrong - wrong_full, words)
                 row |= {"texts": texts} if args.texts else {}
                 done[name].add(
                     model=model_name,

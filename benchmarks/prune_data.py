@@ -14,7 +14,7 @@ from tqdm import tqdm
 from whisperkv import prune
 from whisperkv.audio import RATE, read_audio
 from whisperkv.evaluation import exact_match, interval, normalized, read, word_errors
-from whisperkv.prune.__main__ import inputs_of, load
+from whisperkv.prune.loading import inputs_of, load
 
 
 def answered(model, processor, sample, prompt, ways, tokens):
@@ -77,9 +77,8 @@ def main():
         wrong, of, share = ([value for way in seeds for value in each[way]] for each in (errors, words, bytes_held))
         low, high = interval(wrong, of)
         rate = 100 * sum(wrong) / max(sum(of), 1)
-        print(
-            f"| {name or 'full'} | {budget} | {sum(share) / len(share):.2f} | {rate:.2f} | {100 * low:.2f} to {100 * high:.2f} |"
-        )
+        held = sum(share) / len(share)
+        print(f"| {name or 'full'} | {budget} | {held:.2f} | {rate:.2f} | {100 * low:.2f} to {100 * high:.2f} |")
 
 
 if __name__ == "__main__":

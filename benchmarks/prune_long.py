@@ -80,10 +80,11 @@ def main():
         else:
             read, step, held = full = timed(model, inputs, args.steps)
         record = {
-            "pruner": name or "full", "tokens": inputs["input_ids"].shape[1], "layers": args.layers, "dtype": args.dtype,
-            "threads": args.threads, "budget": args.budget if name else 1.0, "prompt_seconds": round(read, 2),
-            "prompt_over_full": round(read / full[0], 3), "step_ms": round(1000 * step, 1),
-            "step_over_full": round(step / full[1], 3), "bytes": held, "bytes_over_full": round(held / full[2], 3),
+            "pruner": name or "full", "tokens": inputs["input_ids"].shape[1], "layers": args.layers,
+            "dtype": args.dtype, "threads": args.threads, "budget": args.budget if name else 1.0,
+            "prompt_seconds": round(read, 2), "prompt_over_full": round(read / full[0], 3),
+            "step_ms": round(1000 * step, 1), "step_over_full": round(step / full[1], 3), "bytes": held,
+            "bytes_over_full": round(held / full[2], 3),
             "peak_gb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6, 2),
         }  # fmt: skip
         print(json.dumps(record), flush=True)

@@ -9,13 +9,13 @@ import json
 import sys
 
 import digits
-import numpy
 import speech_llm
 import torch
 from digits import TASKS, inputs_of, sequences, text_of
 from tqdm import tqdm
 
 from whisperkv import prune
+from whisperkv.evaluation import interval, word_errors
 
 BUDGETS = (0.75, 0.5, 0.3)
 
@@ -36,18 +36,8 @@ def texts_of(model, task, spoken, pruner, budget, settings, batch=8):
     return texts, held / full if full else 1.0
 
 
-def errors(text, wanted):
-    import jiwer
-
-    measured = jiwer.process_words(wanted, text)
-    return measured.substitutions + measured.deletions + measured.insertions
-
-
-def interval(values, rounds=2000):
-    """95 % of the means of samples drawn anew."""
-    values = numpy.asarray(values, float)
-    draws = numpy.random.default_rng(0).integers(len(values), size=(rounds, len(values)))
-    return [round(float(edge), 4) for edge in numpy.quantile(values[draws].mean(1), [0.025, 0.975])]
+def rounded(numbers):
+    return [round(number, 4) for number in numbers]
 
 
 def settings_of(name, model, seed):
@@ -90,16 +80,16 @@ def main():
                 texts += some
                 shares.append(share)
             exact[name, budget] = [float(text == right) for text, right in zip(texts, wanted, strict=True)]
-            wrong = [errors(text, right) for text, right in zip(texts, wanted, strict=True)]
-            words = sum(len(text.split()) for text in wanted)
+            wrong, words = map(sum, zip(*map(word_errors, texts, wanted)))
             record = {
                 "task": task, "pruner": name or "full", "budget": budget, "bytes": round(sum(shares) / len(shares), 3),
-                "exact": round(sum(exact[name, budget]) / len(wanted), 4), "exact_95": interval(exact[name, budget]),
-                "digit_errors": round(sum(wrong) / words, 4), "sequences": len(wanted),
+                "exact": round(sum(exact[name, budget]) / len(wanted), 4),
+                "exact_95": rounded(interval(exact[name, budget])),
+                "digit_errors": round(wrong / words, 4), "sequences": len(wanted),
             }  # fmt: skip
             if name not in (None, "random") and ("random", budget) in exact:
                 gains = [a - b for a, b in zip(exact[name, budget], exact["random", budget], strict=True)]
-                record["exact_over_random_95"] = interval(gains)
+                record["exact_over_random_95"] = rounded(interval(gains))
             print(json.dumps(record), flush=True)
             if out:
                 print(json.dumps(record), file=out, flush=True)

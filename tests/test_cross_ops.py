@@ -14,6 +14,7 @@ from test_ops import (
     ON_CUDA,
     TOLERANCE,
     assert_same_bits,
+    check_transform_is_refused,
     check_values_on,
     copy,
     counts_bytes,
@@ -739,13 +740,7 @@ def test_gradients_are_refused(bits, name, leaf):
 def test_functional_transforms_are_refused(transform, name, call):
     given = on_device(problem())
     total = lambda x: call(given | {name: x})[-1].sum()  # noqa: E731
-    transformed = {
-        "grad": lambda x: torch.func.grad(total)(x),
-        "vmap": lambda x: torch.func.vmap(total)(x[None]),
-        "jvp": lambda x: torch.func.jvp(total, (x,), (x,)),
-    }[transform]
-    with pytest.raises(RuntimeError, match=f"torch.func transforms .*{transform}"):
-        transformed(given[name])
+    check_transform_is_refused(transform, total, given[name])
 
 
 def test_many_threads_at_once():

@@ -8,7 +8,19 @@ import pytest
 import reference
 import torch
 from reference import BFLOAT16, BYTES, FLOAT32
-from test_ops import ISAS, ON_CUDA, assert_same_bits, check_values_on, copy, counts_bytes, grows, resized, settings, st
+from test_ops import (
+    ISAS,
+    ON_CUDA,
+    assert_same_bits,
+    check_transform_is_refused,
+    check_values_on,
+    copy,
+    counts_bytes,
+    grows,
+    resized,
+    settings,
+    st,
+)
 from test_ops import given as drawn
 from torch._subclasses import FakeTensorMode
 
@@ -407,13 +419,7 @@ def test_gradients_are_refused(name, leaf):
 def test_functional_transforms_are_refused(transform):
     given = problem()
     total = lambda x: attend(given | dict(query=x)).sum()  # noqa: E731
-    transformed = {
-        "grad": lambda x: torch.func.grad(total)(x),
-        "vmap": lambda x: torch.func.vmap(total)(x[None]),
-        "jvp": lambda x: torch.func.jvp(total, (x,), (x,)),
-    }[transform]
-    with pytest.raises(RuntimeError, match=f"torch.func transforms .*{transform}"):
-        transformed(given["query"])
+    check_transform_is_refused(transform, total, given["query"])
 
 
 def test_many_threads_at_once():

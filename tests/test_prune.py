@@ -315,6 +315,22 @@ class TestOfDecoding:
                 options["assistant_model"] = make("qwen2_audio")[0]  # it hears for itself
             assert torch.equal(model.generate(**one, **greedy, **options).sequences, expected)
 
+    def test_where_there_are_no_ops(self, qwen, monkeypatch):
+        """What they do is done in PyTorch, as on devices that have none."""
+        model, inputs = qwen
+
+        def decoded():
+            outputs = []
+            for pruner in ("merge", "token_attn_recency"):
+                with prune.apply(model, pruner, budget=0.4):
+                    outputs.append(model.generate(**inputs, **GREEDY))
+            return outputs
+
+        by_ops = decoded()
+        monkeypatch.setattr("whisperkv.ops.prunes", lambda tensor: False)
+        for ours, plain in zip(by_ops, decoded(), strict=True):
+            assert furthest(ours, plain) < 1e-3
+
     def test_sampling_with_a_seed(self, qwen):
         model, inputs = qwen
         sampling = {**GREEDY, "do_sample": True}

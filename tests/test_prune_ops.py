@@ -13,8 +13,26 @@ import reference
 import torch
 from conftest import DEVICE
 from test_ops import (
-    DTYPES, ISAS, ON_CUDA, assert_same_bits, check_values_on, copy, counts_bytes, grows, memory_of, of_cuda, of_the_cpu,
-    on_device, resized, run, settings, sharing, st, strided, unchecked,
+    DTYPES,
+    ISAS,
+    ON_CUDA,
+    assert_same_bits,
+    check_transform_is_refused,
+    check_values_on,
+    copy,
+    counts_bytes,
+    grows,
+    memory_of,
+    of_cuda,
+    of_the_cpu,
+    on_device,
+    resized,
+    run,
+    settings,
+    sharing,
+    st,
+    strided,
+    unchecked,
 )  # fmt: skip
 from test_ops import given as drawn
 from torch._subclasses import FakeTensorMode
@@ -737,13 +755,7 @@ def test_gradients_are_refused(op, leaf):
 def test_functional_transforms_are_refused(op, transform):
     given = on_device(PROBLEMS[op]())
     total = lambda x: call(op, given | dict(query=x)).sum()  # noqa: E731
-    transformed = {
-        "grad": lambda x: torch.func.grad(total)(x),
-        "vmap": lambda x: torch.func.vmap(total)(x[None]),
-        "jvp": lambda x: torch.func.jvp(total, (x,), (x,)),
-    }[transform]
-    with pytest.raises(RuntimeError, match=f"torch.func transforms .*{transform}"):
-        transformed(given["query"])
+    check_transform_is_refused(transform, total, given["query"])
 
 
 def test_many_threads_at_once():

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-ROUNDS = 2000
+ROUNDS = 10_000
 
 
 def normalized(text: str) -> str:

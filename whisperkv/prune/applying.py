@@ -16,7 +16,6 @@ from .running import Run, running
 
 _APPLIED = weakref.WeakKeyDictionary()  # of a model: its Pruning
 
-
 PIECE = 512  # tokens of a prompt that are read at once, with stream=True
 
 
@@ -192,13 +191,10 @@ class Pruning:
     def _read_in_pieces(self, language_model, kwargs, run, name, cache):
         """Read all pieces of a prompt but the last, and return what is given for that one."""
         tokens, past, mask = run.audio.shape[1], cache.get_seq_length(), kwargs.get("attention_mask")
-        if tokens <= PIECE or prompt.why_not(cache, run) or not (mask is None or getattr(mask, "ndim", 0) == 2):
+        hears_inside = kwargs.get("inputs_embeds") is None  # then what the language model is given cannot be cut
+        is_plain = mask is None or getattr(mask, "ndim", 0) == 2
+        if tokens <= PIECE or hears_inside or not is_plain or prompt.why_not(cache, run):
             return kwargs
-        if (
-            kwargs.get("inputs_embeds") is None
-        ):  # a model that hears inside its language model: its prompt is in one piece
-            return kwargs
-        part = None
         for begin in range(0, tokens, PIECE):
             end = min(begin + PIECE, tokens)
             piece = run.piece(begin, end)
@@ -222,8 +218,8 @@ class Pruning:
             self.stats = PruneStats(note=note, prompts=self.stats.prompts)
             return
         raise ValueError(
-            f"no audio in the prompt: token {self.audio_token}, which stands for it, is not in input_ids. For text alone "
-            "call whisperkv.prune.remove(model) first"
+            f"no audio in the prompt: token {self.audio_token}, which stands for it, is not in input_ids. For text "
+            "alone call whisperkv.prune.remove(model) first"
         )
 
     def _after_language_model(self, language_model, args, kwargs, output):

@@ -69,6 +69,5 @@ def attention_received(query, run, key, scale):
     """float32 [rows, kv_heads, tokens]: by the pass's tokens, of those whose queries were chosen."""
     tokens = query.shape[2]
     key, places = key[:, :, -tokens:], run.choose_queries()
-    visible = torch.ones_like(run.audio) if run.visible is None else run.visible
     received = ops.attention_received if ops.prunes(query) else in_torch.attention_received
-    return received(query[:, :, places.long()], places, key, visible, scale)
+    return received(query[:, :, places.long()], places, key, run.shown, scale)

@@ -70,11 +70,7 @@ class BasePruner:
         Tokens that a row lacks have a score of -inf and never stay."""
         exists = scores > -math.inf
         count = kept_of(exists.sum(-1), budget)
-        order = scores.argsort(dim=-1, descending=True, stable=True)
-        rank = torch.empty_like(order).scatter_(
-            -1, order, torch.arange(order.shape[-1], device=order.device).expand_as(order)
-        )
-        return places(exists & (rank < count[..., None]))
+        return places(exists & (ranks(scores) < count[..., None]))
 
     def apply(self, k, v, kept_idx):
         """What the cache holds of them: a Kept, or (keys, values). As it is: the tokens chosen, unchanged. Rows that
@@ -101,6 +97,14 @@ def kept_of(count, budget):
     if isinstance(budget, Integral):
         return count.clamp(max=int(budget))
     return (count * float(budget) - 1e-6).ceil().long()
+
+
+def ranks(scores):
+    """Of each number along the last dimension, how many are higher, or as high and earlier."""
+    order = scores.argsort(dim=-1, descending=True, stable=True)
+    return torch.empty_like(order).scatter_(
+        -1, order, torch.arange(order.shape[-1], device=order.device).expand_as(order)
+    )
 
 
 def places(chosen):

@@ -7,6 +7,13 @@ from ..trim import silent_frames
 PAUSE = 11  # frames of 20 ms: a shorter one is part of the speech
 
 
+def begins_of(audio):
+    """bool [rows, tokens]: the first token of each clip; what stands together is one."""
+    begins = audio.clone()
+    begins[:, 1:] &= ~audio[:, :-1]
+    return begins
+
+
 def silent_tokens(features, audio):
     """bool [rows, tokens]: tokens of silence alone; None where features cannot be told apart token by token.
 
@@ -15,9 +22,7 @@ def silent_tokens(features, audio):
     """
     if features is None or features.dim() != 3:
         return None
-    begins = audio.clone()
-    begins[:, 1:] &= ~audio[:, :-1]
-    clip = (begins.flatten().cumsum(0) - 1)[audio.flatten()]
+    clip = (begins_of(audio).flatten().cumsum(0) - 1)[audio.flatten()]
     counts = clip.bincount().tolist()
     clips = len(features)
     if clips != len(counts):  # a clip came as several windows, as Voxtral's do

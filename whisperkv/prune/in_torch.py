@@ -7,16 +7,15 @@ import torch
 
 def ragged_attention(query, layer, scale):
     rows, heads, queries, dim = query.shape
-    kv_heads, most = layer.lengths.shape[1], int(layer.lengths.max())
-    place = torch.arange(most, device=query.device)
-    slots = layer.slots(place.expand(rows, kv_heads, most).minimum(layer.lengths[..., None].long() - 1).clamp(min=0))
+    place, _, slots = layer.tokens()
+    kv_heads, most = place.shape[1:]
     keys, values = (each.view(-1, each.shape[-1])[slots].float() for each in (layer.keys, layer.values))
     logits = query.float().reshape(rows, kv_heads, -1, dim) @ keys.mT * scale
     logits = logits.view(rows, kv_heads, -1, queries, most)
     if layer.bias is not None:
         logits = logits + layer.bias.view(-1)[slots][:, :, None, None]
     sees = layer.lengths[..., None] - torch.arange(queries - 1, -1, -1, device=query.device)
-    hidden = place >= sees[:, :, None, :, None]
+    hidden = place[:, :, None, None] >= sees[:, :, None, :, None]
     weights = logits.masked_fill(hidden, -math.inf).softmax(-1).nan_to_num(0.0)
     output = weights.view(rows, kv_heads, -1, most) @ values
     return output.view(rows, heads, queries, -1).transpose(1, 2).to(query.dtype).contiguous()

@@ -5,7 +5,7 @@ from transformers.cache_utils import CacheLayerMixin
 
 from .. import compat, ops
 from . import in_torch
-from .base import places
+from .base import places, ranks
 from .running import running
 
 FEW, MORE, LONG = 16, 64, 512  # slots for the tokens to come, each time that they run out; more where heads are long
@@ -51,16 +51,22 @@ class PrunedLayer(CacheLayerMixin):
         )  # fmt: skip
         return layer
 
-    def slots(self, place):
-        """Where in the flat [rows * slots] the place-th tokens of each head stand."""
-        rows, slots = self.keys.shape[:2]
-        first = self.offsets.long() + torch.arange(rows, device=self.device)[:, None] * slots
-        return first[..., None] + place
-
     @property
     def starts(self):
+        """int32 [rows, kv_heads]: where each head's slots begin in the flat [rows * slots]."""
         rows, slots = self.keys.shape[:2]
         return self.offsets + torch.arange(0, rows * slots, slots, dtype=torch.int32, device=self.device)[:, None]
+
+    def slots(self, place):
+        """Where in the flat [rows * slots] the place-th tokens of each head stand."""
+        return self.starts.long()[..., None] + place
+
+    def tokens(self):
+        """(places, whether a head has a token there, its slot), [rows, kv_heads, most] each; of what is not there that
+        of another."""
+        place = torch.arange(int(self.lengths.max()), device=self.device).expand(*self.lengths.shape, -1)
+        last = self.lengths.long()[..., None] - 1
+        return place, place <= last, self.slots(place.minimum(last).clamp(min=0))
 
     # What transformers asks of a layer
 
@@ -131,29 +137,23 @@ class PrunedLayer(CacheLayerMixin):
 
     def keep_best(self, scores, visible, counts):
         """Of all audio so far keep that of the highest scores, so many tokens of each row, [rows, 1]. Of the tokens of
-        the last pass these are the scores, [rows, kv_heads, tokens], inf of text; `visible` of them have entered."""
+        the last pass these are the scores, [rows, kv_heads, tokens], inf of text; `visible` of them have entered.
+        How much audio each head now has, [rows, kv_heads]."""
         if self.scores is None:
             self.scores = self.keys.new_full(self.keys.shape[:2], torch.inf, dtype=torch.float32)
         there = visible[:, None].expand_as(scores)
         place = self.lengths.long()[..., None] - visible.sum(-1)[:, None, None] + (visible.cumsum(-1) - 1)[:, None]
         self.scores.view(-1)[self.slots(place)[there]] = scores[there]
-        place = torch.arange(int(self.lengths.max()), device=self.device).expand(*self.lengths.shape, -1)
-        filled = place < self.lengths[..., None]
-        held = self.scores.view(-1)[self.slots(place.minimum(self.lengths[..., None].long() - 1).clamp(min=0))]
+        _, filled, slots = self.tokens()
+        held = self.scores.view(-1)[slots]
         is_audio = filled & held.isfinite()
-        order = held.masked_fill(~is_audio, -torch.inf).argsort(dim=-1, descending=True, stable=True)
-        rank = torch.empty_like(order).scatter_(-1, order, place)
-        self.keep(places(filled & (~is_audio | (rank < counts[..., None]))))
-
-    def audio_kept(self):
-        """int64 [rows, kv_heads], after keep_best()."""
-        place = torch.arange(int(self.lengths.max()), device=self.device).expand(*self.lengths.shape, -1)
-        held = self.scores.view(-1)[self.slots(place.minimum(self.lengths[..., None].long() - 1).clamp(min=0))]
-        return (held.isfinite() & (place < self.lengths[..., None])).sum(-1)
+        stays = is_audio & (ranks(held.masked_fill(~is_audio, -torch.inf)) < counts[..., None])
+        self.keep(places(filled & ~is_audio | stays))
+        return stays.sum(-1)
 
     def _grow(self, queries):
-        place = torch.arange(int(self.lengths.max()), device=self.device).expand(*self.lengths.shape, -1)
-        self.keep(place.masked_fill(place >= self.lengths[..., None], -1), queries)
+        place, filled, _ = self.tokens()
+        self.keep(place.masked_fill(~filled, -1), queries)
 
     def hold(self, place, kept):
         """Let the tokens at these places, as in keep(), be what a pruner has made of them."""

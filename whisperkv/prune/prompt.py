@@ -4,6 +4,7 @@ import torch
 from transformers.cache_utils import DynamicLayer
 
 from .base import BasePruner, Kept, Meta, kept_of, places, take
+from .hearing import begins_of
 from .layer import PrunedLayer
 from .records import PruneStats
 
@@ -30,15 +31,13 @@ class Prompt:
 
     def __init__(self, run, rate, layers):
         self.pruner, self.run, self.rate, self.layers, self.shared = run.pruner, run, rate, layers, {}
-        self.visible = torch.ones_like(run.audio) if run.visible is None else run.visible
+        self.visible = run.shown
         self.audio = run.audio & self.visible
         index = places(self.audio)
         self.present = index >= 0
         self.index = index.clamp(min=0)  # [rows, audio], in the pass
         self.tail = self.audio.shape[1] - 1 - int(index.max())  # tokens behind the last audio
-        begins = self.audio.clone()
-        begins[:, 1:] &= ~self.audio[:, :-1]
-        self.clip = (begins.cumsum(-1) - 1).gather(1, self.index)
+        self.clip = (begins_of(self.audio).cumsum(-1) - 1).gather(1, self.index)
         self.seen = self._seen() if run.received else torch.zeros_like(self.index, dtype=torch.float32)
         self.embeddings = run.embeddings
         if run.embeddings is not None:
@@ -167,8 +166,7 @@ def prune(run, family, language_model, budget):
         layer.tail, layer.passed = prompt.tail, None
         layer.heard = heard = prompt.present.sum(-1, keepdim=True) + before
         if run.streams:
-            layer.keep_best(prompt.of_all(scores), prompt.visible, kept_of(heard, budget))
-            stay = layer.audio_kept()
+            stay = layer.keep_best(prompt.of_all(scores), prompt.visible, kept_of(heard, budget))
         else:
             stay = (chosen >= 0).sum(-1)
         if kept is not None:

@@ -52,8 +52,7 @@ class Run:
     def silent(self):
         """bool [rows, tokens]: audio without speech; None if that cannot be told."""
         if self._silent is None and not self.is_piece:
-            audio = self.audio if self.visible is None else self.audio & self.visible
-            self._silent = silent_tokens(self.features, audio)
+            self._silent = silent_tokens(self.features, self.audio & self.shown)
         return self._silent
 
     def since(self):
@@ -76,6 +75,11 @@ class Run:
 
     def attends_to(self, layer):
         return id(layer) in self._pruned
+
+    @property
+    def shown(self):
+        """bool [rows, tokens]: what is no padding, of a pass that holds audio."""
+        return torch.ones_like(self.audio) if self.visible is None else self.visible
 
     def visible_of(self, tokens):
         """Which of the pass's tokens enter a pruned layer; None if all do."""

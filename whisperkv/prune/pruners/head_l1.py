@@ -1,7 +1,7 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-from ..base import BasePruner, kept_of, places
+from ..base import BasePruner, kept_of, places, ranks
 
 
 @dataclass
@@ -20,7 +20,5 @@ class HeadL1(BasePruner):
 
     def select(self, scores, budget):
         exists = scores > float("-inf")
-        of_head = scores.amax(-1)
         count = kept_of(exists.any(-1).sum(-1), budget)
-        rank = of_head.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
-        return places(exists & (rank < count[:, None])[..., None])
+        return places(exists & (ranks(scores.amax(-1)) < count[:, None])[..., None])

@@ -38,8 +38,8 @@ def heights(looks, clip, present):
     audio].
 
     Ward's way: groups of neighbours are joined, and the cost is what that adds to the squared distances of tokens from
-    the mean of their group. Every pair that is the best for both of its groups is joined at once, which gives the groups
-    that joining one pair after the other, the cheapest first, would have given.
+    the mean of their group. Every pair that is the best for both of its groups is joined at once, which gives the
+    groups that joining one pair after the other, the cheapest first, would have given.
     """
     rows, heads, audio = looks.shape[:3]
     there = present[:, None].expand(rows, heads, audio)
