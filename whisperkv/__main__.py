@@ -1,0 +1,5 @@
+"""`python -m whisperkv`: the command line."""
+
+from .cli import main
+
+main()
