@@ -91,6 +91,41 @@ def test_head_l1_keeps_the_heads_that_look():
     assert chosen[0, 1].tolist() == list(range(20)) and (chosen[0, 0] == -1).all()
 
 
+@pytest.mark.parametrize("tokens", ["merge", "stride", Merge()])
+def test_head_l1_and_a_pruner_of_tokens(tokens):
+    received = torch.ones(1, HEADS, 20)
+    received[0, 1] = 2.0
+    pruner = pruner_of("head_l1", {"tokens": tokens, "heads": 1})
+    k, v, chosen = kept(pruner, meta([20]), 0.5, received)
+    alone = pruner_of(tokens, {})
+    _, _, wanted = kept(alone, meta([20]), 0.5, received)
+    assert torch.equal(chosen[0, 1], wanted[0, 1]) and (chosen[0, 0] == -1).all()
+    made, right = pruner.apply(k, v, chosen), alone.apply(k, v, wanted)
+    assert torch.equal(made.keys[0, 1], right.keys[0, 1]) and torch.equal(made.values[0, 1], right.values[0, 1])
+
+
+def test_head_l1_and_a_pruner_in_a_model():
+    """One head of two, with half of its tokens; and the same text with all heads and tokens."""
+    model, inputs = make("qwen2_audio")
+    whole = model.generate(**inputs, max_new_tokens=6, do_sample=False)
+    with prune.apply(model, "head_l1", budget=1.0, tokens="merge", heads=1.0):
+        assert torch.equal(model.generate(**inputs, max_new_tokens=6, do_sample=False), whole)
+    with prune.apply(model, "head_l1", budget=0.5, tokens="merge", heads=0.5):
+        model.generate(**inputs, max_new_tokens=6, do_sample=False)
+        audio = prune.stats(model).audio_tokens
+        for layer in prune.stats(model).kept:
+            assert 0 < sum(layer) <= math.ceil(audio / 2)  # of all heads, the mean of the rows
+
+
+def test_head_l1_says_what_it_cannot():
+    with pytest.raises(ValueError, match="tokens must be a pruner that chooses tokens"):
+        pruner_of("head_l1", {"tokens": "head_l1"})
+    with pytest.raises(ValueError, match="head_l1: heads must be a share above 0"):
+        pruner_of("head_l1", {"heads": 0.0})
+    with pytest.raises(ValueError, match="pruner must be one of"):
+        pruner_of("head_l1", {"tokens": "nothing"})
+
+
 class TestOfMerging:
     def keys(self, groups=4, size=5):
         """Groups of equal tokens, other ones in each head."""
