@@ -49,7 +49,7 @@ def settings_of(name, model, seed):
             logits = model.ctc_head(embeddings).float().log_softmax(-1)
             return torch.log1p(-logits[..., digits.PAD].exp().clamp(max=1 - 1e-6)) - logits[..., digits.PAD]
 
-        return {"head": speaks, "saliency": 0.9}
+        return {"head": speaks}
     return {}
 
 

@@ -1,5 +1,6 @@
 """Each pruner alone: what it keeps of audio whose good and bad parts are known."""
 
+import dataclasses
 import math
 
 import pytest
@@ -33,6 +34,7 @@ def kept(pruner, of, budget, received=None):
     k, v = torch.randn(2, rows, HEADS, audio, DIM, generator=torch.Generator().manual_seed(1)).unbind(0)
     if received is None:
         received = torch.ones(rows, HEADS, audio)
+    of = dataclasses.replace(of, attended=received.sum(1))
     scores = pruner.score(k, v, received, of)
     assert scores.shape == (rows, HEADS, audio)
     chosen = pruner.select(scores.masked_fill(~of.present[:, None], -math.inf), budget)
@@ -79,7 +81,7 @@ def test_attention_counts_for_those_who_could_see():
     seen = torch.full((1, 20), 10.0)
     seen[0, 9] = 2.0
     _, _, chosen = kept(pruner_of("token_attn_recency", {"recency": 0.0}), meta([20], seen=seen), 1, received)
-    assert chosen[0, :, 0].tolist() == [9, 7]
+    assert chosen[0, :, 0].tolist() == [9, 9]
     _, _, late = kept(pruner_of("token_attn_recency", {"recency": 1.0}), meta([20]), 2, received)
     assert late[0].tolist() == [[18, 19]] * 2
 

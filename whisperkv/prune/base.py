@@ -26,6 +26,7 @@ class Meta:
     features: torch.Tensor | None = None  # [clips, mels, columns], what the model was given
     silent: torch.Tensor | None = None  # bool [rows, audio], tokens without speech; None if that cannot be told
     since: torch.Tensor | None = None  # int64 [rows, audio], of speech, how many tokens ago it began; -1 of silence
+    attended: torch.Tensor | None = None  # float32 [rows, audio], attn_weights of all layers and heads, added up
     heard: torch.Tensor | int = 0  # int64 [rows, 1], audio tokens that the row had before, in earlier turns or pieces
     shared: dict = field(default_factory=dict)  # by a pruner's own key: what all layers of one prompt have in common
 

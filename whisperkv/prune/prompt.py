@@ -39,6 +39,7 @@ class Prompt:
         self.tail = self.audio.shape[1] - 1 - int(index.max())  # tokens behind the last audio
         self.clip = (begins_of(self.audio).cumsum(-1) - 1).gather(1, self.index)
         self.seen = self._seen() if run.received else torch.zeros_like(self.index, dtype=torch.float32)
+        self.attended = self._attended() if run.received else None
         self.embeddings = run.embeddings
         if run.embeddings is not None:
             self.embeddings = run.embeddings.gather(1, self.index[..., None].expand(-1, -1, run.embeddings.shape[-1]))
@@ -51,6 +52,13 @@ class Prompt:
         asked = torch.zeros_like(self.visible, dtype=torch.float32)
         asked[:, self.run.choose_queries().long()] = 1
         return (asked * self.visible).flip(-1).cumsum(-1).flip(-1).gather(1, self.index)
+
+    def _attended(self):
+        """float32 [rows, audio]: the attention that a token received, in all layers and by all heads."""
+        total = torch.zeros(self.visible.shape, device=self.index.device)
+        for received in self.run.received.values():
+            total += received.sum(1).to(total.device)
+        return total.gather(1, self.index)
 
     def score(self, number, keys, values, heard):
         """(keys, values, scores) of a layer's audio, [rows, kv_heads, audio, ...]; of what is not there -inf."""
@@ -70,6 +78,7 @@ class Prompt:
             features=self.run.features,
             silent=self.silent,
             since=self.since,
+            attended=self.attended,
             heard=heard,
             shared=self.shared,
         )

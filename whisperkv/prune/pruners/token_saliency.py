@@ -9,21 +9,23 @@ from ..base import BasePruner
 from ..saliency import SaliencyHead
 from .token_attn_recency import attention_and_recency
 
+LEAST = 1e-6  # of both: a token that is surely silent can still be told from another
+
 
 @dataclass
 class TokenSaliency(BasePruner):
-    """Audio tokens that sound like speech, beside the attention that they receive and how late they are.
+    """Audio tokens that sound like speech and that the prompt has dwelt on, in all layers and heads the same.
 
     head      what hears it: the file of a saliency head (whisperkv.prune.saliency.train makes one), or any function of
               embeddings [rows, audio, width] that returns numbers [rows, audio], as log of odds. None: a model that was
               trained with blanks, as by CTC, has none yet, and silence found in the features speaks for it
-    saliency  how much that counts beside the rest, from 0 to 1
-    recency   how much being late counts in the rest
+    saliency  from 0 to 1: the power of that beside the power of the attention, as the two are multiplied
+    recency   from 0 to 1: how much less the attention to the first token counts than that to the last
     """
 
     head: str | os.PathLike | Callable | None = None
     saliency: float = 0.5
-    recency: float = 0.1
+    recency: float = 0.3
     needs_attention: ClassVar[bool] = True
     needs_silence: ClassVar[bool] = True
 
@@ -40,8 +42,10 @@ class TokenSaliency(BasePruner):
     def score(self, k, v, attn_weights, meta):
         if "saliency" not in meta.shared:
             meta.shared["saliency"] = self._saliency(meta)
-        rest = attention_and_recency(attn_weights, meta, self.recency)
-        return (1 - self.saliency) * rest + self.saliency * meta.shared["saliency"][:, None]
+        rest = attention_and_recency(meta, self.recency)
+        sounds, rest = (each.clamp(min=LEAST).log() for each in (meta.shared["saliency"], rest))
+        scores = self.saliency * sounds + (1 - self.saliency) * rest
+        return scores[:, None].expand(k.shape[:3])
 
     def _saliency(self, meta):
         if self.head is None:
