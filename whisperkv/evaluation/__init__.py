@@ -34,13 +34,15 @@ _HOME = {
     "write_report": "report",
     "tune": "tuning",
 }
-__all__ = sorted([
+__all__ = [
     "Sample", "Setting", "WordCounts", "exact_match", "from_dataset", "gigaspeech", "interval", "librispeech", "loops",
     "manifest", "normalized", "normalizer", "parsed", "read", "recordings", "spoken_qa", "word_counts", "word_diff",
-    "word_errors", *_HOME,
-])  # fmt: skip
+    "word_errors",
+]  # fmt: skip
+__all__ += sorted(_HOME)
 
 if TYPE_CHECKING:  # the same for type checkers and editors, which do not follow __getattr__
+    from . import plot as plot
     from .comparing import compare as compare
     from .hearing import Audio as Audio
     from .hearing import heard as heard
@@ -56,6 +58,8 @@ if TYPE_CHECKING:  # the same for type checkers and editors, which do not follow
 else:
 
     def __getattr__(name: str) -> Any:
+        if name == "plot":
+            return importlib.import_module(".plot", __name__)
         if name in _HOME:
             return getattr(importlib.import_module(f".{_HOME[name]}", __name__), name)
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

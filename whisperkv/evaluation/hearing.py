@@ -39,9 +39,7 @@ def windows_of(samples: NDArray[np.float32]) -> list[NDArray[np.float32]]:
     return [*found, samples]
 
 
-def heard(
-    samples: Iterable[Sample], on_bad: Callable[[Sample, Exception], None] | None = None, on_one: Callable[[], None] = int
-) -> list[Audio]:
+def heard(samples: Iterable[Sample], on_bad: Callable[[Sample, Exception], None] | None = None) -> list[Audio]:
     """All of them in memory. One that cannot be read raises, or is given to on_bad with the reason and left out."""
     found = []
     for sample in samples:
@@ -51,5 +49,4 @@ def heard(
             if on_bad is None:
                 raise
             on_bad(sample, error)
-        on_one()
     return found

@@ -26,8 +26,8 @@ NAMES = {  # of a field: those that it goes by, here and elsewhere
 
 def manifest(path: str | PathLike[str]) -> Iterator[Sample]:
     """Recordings and what is said in them, one a line: a table (.tsv, .csv) whose first line names the columns, or JSON
-    lines. "audio" is a path from the manifest's folder, "text" what is said, if that is known; "id", and "begin" and
-    "end" in seconds if a part of a recording is meant. The names of Common Voice, NeMo and audiofolder are known too."""
+    lines. "audio" is a path from the manifest's folder, "text" what is said, if that is known; "id", "begin" and "end"
+    in seconds if a part of a recording is meant. Names that Common Voice, NeMo and audiofolder use do as well."""
     path = Path(path)
     for number, given in _lines(path):
         place = f"{path}, line {number}"

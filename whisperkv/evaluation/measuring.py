@@ -3,7 +3,7 @@
 import platform
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -34,8 +34,8 @@ class Measured:
     setting: Setting
     texts: list[list[str]]
     tokens: list[list[int]]  # of each window, all audios together
-    nats: list[float]  # of each audio's given text
-    lengths: list[int]  # tokens of it
+    nats: list[list[float]]  # of the given text of each window, by audio
+    lengths: list[list[int]]  # tokens of it
     taken: list[float]  # seconds of each pass over all audios
     held: dict[str, float]  # the batch whose caches were largest, see CACHES
     before: int  # bytes that the process held with the model and no more
@@ -43,6 +43,20 @@ class Measured:
     about: dict[str, Any] = field(default_factory=dict)
     spellings: dict[str, str] = field(default_factory=dict)  # British and American, of the model's tokenizer
     note: str = ""
+
+    def __add__(self, more: "Measured") -> "Measured":
+        """The same setting on further audios."""
+        return replace(
+            self,
+            texts=self.texts + more.texts,
+            tokens=self.tokens + more.tokens,
+            nats=self.nats + more.nats,
+            lengths=self.lengths + more.lengths,
+            taken=[one + other for one, other in zip(self.taken, more.taken)],
+            held=larger(self.held, more.held),
+            peak=max(self.peak, more.peak),
+            note=self.note or more.note,
+        )
 
 
 CACHES = (
@@ -117,8 +131,8 @@ def measure(
         setting,
         [run.texts[start:end] for start, end in zip(starts, ends)],
         run.tokens,
-        [float(nats[start:end].sum()) for start, end in zip(starts, ends)],
-        [sum(map(len, tokens[start:end])) for start, end in zip(starts, ends)],
+        [nats[start:end].tolist() for start, end in zip(starts, ends)],
+        [[len(each) for each in tokens[start:end]] for start, end in zip(starts, ends)],
         taken,
         run.held,
         before,
@@ -177,8 +191,7 @@ class _Run:
         for index, row, text in zip(group, found, texts):
             self.texts[index], self.tokens[index] = text.strip(), transcript_tokens(self.model, row)
         held = self._held(len(group), max(len(self.tokens[index]) for index in group) - 1)
-        if not self.held or held["self_bytes"] + held["cross_bytes"] > self.held["self_bytes"] + self.held["cross_bytes"]:
-            self.held = held
+        self.held = larger(self.held, held)
 
     @torch.no_grad()
     def likelihood(self, group, tokens):
@@ -201,6 +214,11 @@ class _Run:
         own = rows * token * (len(self.start) + tokens)
         cross = rows * token * config.max_source_positions
         return dict(zip(CACHES, (own, own, cross, cross, 0, 0, 1.0)))
+
+
+def larger(one, other):
+    """Of two batches' CACHES."""
+    return max(filter(None, (one, other)), key=lambda held: held["self_bytes"] + held["cross_bytes"])
 
 
 def _wait(model):

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 
 ROUNDS = 10_000
-LETTERS = ("zh", "ja", "th", "lo", "my", "yue")  # languages written without spaces: a letter is a word, as Whisper has it
+LETTERS = ("zh", "ja", "th", "lo", "my", "yue")  # written without spaces: a letter is a word, as Whisper has it
 LOOP = (
     "its text compresses more than 2.4 times (zlib, Whisper's own threshold), "
     "or four or more words stand three times in a row"

@@ -1,6 +1,7 @@
 """Results: the figures of one setting, each with a line that says how it was made."""
 
 import csv
+import io
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
@@ -13,7 +14,7 @@ import numpy as np
 
 from .hearing import Audio
 from .measuring import Measured, Options
-from .metrics import ROUNDS, interval, loops, word_counts
+from .metrics import ROUNDS, interval, loops, word_counts, word_diff
 
 Interval = tuple[float, float]
 
@@ -32,11 +33,13 @@ class File:
     nats: float = 0.0
     tokens: int = 0
     loops: int = 0  # windows that got stuck
+    diff: list[tuple[str, str, str]] = field(default_factory=list)  # of normalized words, see word_diff()
 
 
 @dataclass
 class Result:
-    """One setting on a data set. Intervals are of 95 %, differences are from the unpatched model."""
+    """One setting on a data set. Intervals are of 95 %, differences are from the unpatched model. What a single
+    recording (of NLL: window) gives has no interval."""
 
     setting: str
     python: str  # the line that sets it
@@ -54,7 +57,7 @@ class Result:
     insertions: int
     nll: float  # nats a token of the unpatched model's text
     nll_difference: float
-    nll_difference_interval: Interval
+    nll_difference_interval: Interval | None
     tokens: int
     rtfx: float  # seconds of audio in a second
     seconds_taken: float
@@ -114,8 +117,9 @@ def result(
     )
     counts = [word_counts(normalize(ours[index].text), normalize(ours[index].wanted)) for index in scored]
     spoken = words.sum()
-    more = np.array([one.nats - other.nats for one, other in zip(ours, theirs)])
-    lengths = np.array(measured.lengths, float)
+    nats, nats_theirs, lengths = (
+        np.concatenate(each).astype(float) for each in (measured.nats, baseline.nats, measured.lengths)
+    )
     taken, seconds = median(measured.taken), sum(audio.seconds for audio in audios)
     held = {name: value if name == "frames_share" else int(value) for name, value in measured.held.items()}
     return Result(
@@ -126,17 +130,17 @@ def result(
         audios=len(audios),
         seconds=round(seconds, 2),
         wer=float(100 * wrong.sum() / spoken) if spoken else None,
-        wer_interval=_percent(interval(wrong, words)) if spoken else None,
+        wer_interval=_between_draws(100 * wrong, words),
         wer_difference=float(100 * (wrong - wrong_theirs).sum() / spoken) if spoken else None,
-        wer_difference_interval=_percent(interval(wrong - wrong_theirs, words)) if spoken else None,
+        wer_difference_interval=_between_draws(100 * (wrong - wrong_theirs), words),
         words=int(spoken),
         substitutions=sum(each.substitutions for each in counts),
         deletions=sum(each.deletions for each in counts),
         insertions=sum(each.insertions for each in counts),
-        nll=sum(measured.nats) / sum(measured.lengths),
-        nll_difference=float(more.sum() / lengths.sum()),
-        nll_difference_interval=interval(more, lengths),
-        tokens=sum(measured.lengths),
+        nll=float(nats.sum() / lengths.sum()),
+        nll_difference=float((nats - nats_theirs).sum() / lengths.sum()),
+        nll_difference_interval=_between_draws(nats - nats_theirs, lengths),
+        tokens=int(lengths.sum()),
         rtfx=seconds / taken,
         seconds_taken=taken,
         peak_memory=measured.peak,
@@ -161,9 +165,11 @@ def files_of(
         wanted = audio.text if known else " ".join(filter(None, baseline.texts[index]))
         file = File(audio.name, round(audio.seconds, 2), text, wanted)
         if audio.text or not known:
-            counts = word_counts(normalize(text), normalize(wanted))
+            heard, said = normalize(text), normalize(wanted)
+            counts = word_counts(heard, said)
             file.errors, file.words, file.insertions = counts.errors, counts.words, counts.insertions
-        file.nats, file.tokens = measured.nats[index], measured.lengths[index]
+            file.diff = word_diff(heard, said)
+        file.nats, file.tokens = sum(measured.nats[index]), sum(measured.lengths[index])
         file.loops = sum(loops(window, normalize) for window in measured.texts[index])
         found.append(file)
     return found
@@ -175,7 +181,13 @@ def signature(figure: str, **parts: object) -> str:
 
 
 def signatures(
-    measured: Measured, audios: Sequence[Audio], scored: Sequence[int], words: int, options: Options, model: str, norm: str
+    measured: Measured,
+    audios: Sequence[Audio],
+    scored: Sequence[int],
+    words: int,
+    options: Options,
+    model: str,
+    norm: str,
 ) -> dict[str, str]:
     """{figure: its line}"""
     import jiwer
@@ -196,8 +208,8 @@ def signatures(
         ),
         "nll": signature(
             "NLL", text="unpatched greedy" if options.beams == 1 else f"unpatched {options.beams} beams",
-            forced="through the cache", unit="nats a token", tokens=sum(measured.lengths), interval=drawn, **made,
-            **versions,
+            forced="through the cache", unit="nats a token", tokens=sum(map(sum, measured.lengths)),
+            interval=f"{drawn},over windows", **made, **versions,
         ),
         "rtfx": signature(
             "RTFx", audio="samples in memory", to="text", seconds=f"{sum(each.seconds for each in audios):.1f}",
@@ -239,8 +251,10 @@ MARKDOWN: dict[str, tuple[str, Callable[[Result], object]]] = {
 
 
 def between(value: float | None, edges: Interval | None, form: str) -> str | None:
-    if value is None or edges is None:
+    if value is None:
         return None
+    if edges is None:
+        return f"{value:{form}}"
     return f"{value:{form}} ({edges[0]:{form}} to {edges[1]:{form}})"
 
 
@@ -265,8 +279,6 @@ def write_json(results: Sequence[Result], path: str | PathLike[str] | None = Non
 
 
 def write_csv(results: Sequence[Result], path: str | PathLike[str] | None = None) -> str:
-    import io
-
     names = [each.name for each in fields(Result) if each.name not in ("signatures", "files")]
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
@@ -286,7 +298,7 @@ def read_json(path: str | PathLike[str]) -> list[Result]:
     """What write_json() has written."""
     found = []
     for given in json.loads(Path(path).read_text()):
-        given["files"] = [File(**each) for each in given["files"]]
+        given["files"] = [File(**{**each, "diff": [tuple(piece) for piece in each["diff"]]}) for each in given["files"]]
         pairs = {name: tuple(value) for name, value in given.items() if name.endswith("_interval") and value}
         found.append(Result(**{**given, **pairs}))
     return found
@@ -298,8 +310,9 @@ def _written(text, path):
     return text
 
 
-def _percent(edges):
-    return 100 * edges[0], 100 * edges[1]
+def _between_draws(values, weights):
+    """The interval over recordings; one recording says nothing about others."""
+    return interval(values, weights) if len(values) > 1 and sum(weights) else None
 
 
 def _version(name):

@@ -15,7 +15,9 @@ NAMED = {  # with the changes that each makes to patch(model)
     "fastest": "weights=int8,cross=latent_int8,trim=padding",
     "smallest": "recent=32,heavy=16,cross=latent_int4,trim=padding",
 }
-_ALLOWED = f"a setting is one of {', '.join((UNPATCHED, *NAMED))}, or FIELD=VALUE,... with the fields {', '.join(FIELDS)}"
+_ALLOWED = (
+    f"a setting is one of {', '.join((UNPATCHED, *NAMED))}, or FIELD=VALUE,... with the fields {', '.join(FIELDS)}"
+)
 
 
 @dataclass(frozen=True)
