@@ -74,7 +74,7 @@ def nats_of_each(
     total = torch.zeros(len(prompts), dtype=torch.float64)
     for logits, tokens, alive in forced(model, features, prompts, transcripts):
         losses = torch.nn.functional.cross_entropy(logits.float(), tokens, reduction="none")
-        total += (losses.double() * alive).cpu()
+        total += losses.double().where(alive, 0).cpu()
     return total
 
 
