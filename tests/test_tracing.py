@@ -43,7 +43,7 @@ def test_the_weights_of_every_layer_and_row(small, patched):
             found = decode.attention(layer, row)
             steps, heads, tokens = found.shape
             assert (steps, heads, tokens) == (19, 4, decode.prompt(row) + 19) and found.dtype == np.float32
-            assert np.allclose(found, right[layer, row, :, -steps:].transpose(1, 0, 2), atol=2e-5)
+            assert np.allclose(found, right[layer, row, :, -steps:].transpose(1, 0, 2), atol=2e-3)
             held = decode.kept(layer, row)
             assert (held == np.tri(steps, tokens, tokens - steps, dtype=bool)).all()
     assert (recorded.attention(1, 2) == decode.attention(1, 2)).all() and recorded.tokens(2) == decode.tokens(2)
@@ -110,7 +110,7 @@ def test_beams_are_followed(small, patched):
     right = weights_of(small, [decode.tokens(row) for row in range(6)], features(2).repeat_interleave(3, 0))
     for row in range(6):
         found = decode.attention(1, row)
-        assert np.allclose(found, right[1, row, :, -len(found) :].transpose(1, 0, 2), atol=2e-5)
+        assert np.allclose(found, right[1, row, :, -len(found) :].transpose(1, 0, 2), atol=2e-3)
 
 
 def test_padding_on_both_sides(small):
@@ -131,7 +131,7 @@ def test_padding_on_both_sides(small):
     assert recorded.tokens(0) == [3, 7, 9, 21, 33] and len(recorded.tokens(1)) == 9
     right = weights_of(small, [recorded.tokens(0)], states[:1])
     found = recorded.attention(0, 0)
-    assert found.shape == (2, 4, 5) and np.allclose(found, right[0, 0, :, -2:].transpose(1, 0, 2), atol=2e-5)
+    assert found.shape == (2, 4, 5) and np.allclose(found, right[0, 0, :, -2:].transpose(1, 0, 2), atol=2e-3)
     assert recorded.kept(0, 0).tolist() == [[True] * 4 + [False], [True] * 5]
 
 
@@ -145,7 +145,7 @@ def test_tokens_that_are_taken_back(small):
         small(states, decoder_input_ids=torch.tensor([[15]]), past_key_values=cache)
     assert recorded.tokens() == [3, 5, 7, 9, 15] and len(recorded) == 1
     right = weights_of(small, [recorded.tokens()], states)
-    assert np.allclose(recorded.attention(1), right[1, 0, :, -2:].transpose(1, 0, 2), atol=2e-5)
+    assert np.allclose(recorded.attention(1), right[1, 0, :, -2:].transpose(1, 0, 2), atol=2e-3)
 
 
 def test_bytes_over_time(small):

@@ -9,7 +9,7 @@ from whisperkv.evaluation.measuring import CACHES, Measured
 
 pytest.importorskip("jiwer")
 
-WORDS = "one two three four five six seven eight nine ten"
+WORDS = "we went over there and saw what they had done"
 
 
 class Whisper:
@@ -51,8 +51,8 @@ def made_up(monkeypatch):
 
 
 def test_rounds():
-    assert list(tuning.rounds(100, 48)) == [(4, 16), (12, 6), (36, 4), (100, 4)]
-    assert list(tuning.rounds(3, 48)) == [(3, 48)] and list(tuning.rounds(5, 2)) == [(4, 4), (5, 4)]
+    assert list(tuning.rounds(100, 48)) == [(4, 16), (12, 6), (34, 4), (100, 4)]
+    assert list(tuning.rounds(3, 48)) == [(3, 48)] and list(tuning.rounds(11, 2)) == [(11, 2)]
 
 
 def test_candidates():
@@ -72,7 +72,7 @@ def test_the_fastest_within_the_bounds(made_up):
     """int8 matrices are fast, merging is faster and loses too much."""
     made_up.seconds = lambda each: 1.0 / (1 + 2 * (each.weights == "int8") + 4 * (each.cross.merge > 0))
     made_up.nats = lambda each: 0.5 * (each.cross.merge > 0) + 0.001 * (each.weights == "int8")
-    found = tune(Whisper, None, audios(40), count=1000)
+    found = tune(Whisper, None, audios(40), count=80)
     assert found.setting.weights == "int8" and found.setting.cross.merge == 0 and found.goal == "speed"
     assert found.python == found.setting.python and "weights='int8'" in found.python and not found.advice
     assert found.options.endswith("--weights int8") and found.entries[0].setting.name == "unpatched"
@@ -81,14 +81,14 @@ def test_the_fastest_within_the_bounds(made_up):
         counts[name] += many
     assert counts["unpatched"] == counts[found.setting.name] == counts["lossless"] == 40, "no audio is heard twice"
     lost = [each for each in found.entries if each.setting.cross.merge > 0]
-    assert lost and all(counts[each.setting.name] == each.audios == 4 for each in lost), "they go at once"
-    assert sum(counts.values()) < 40 * 40 and len(found.finalists) < 8
+    assert lost and all(counts[each.setting.name] == each.audios == 5 for each in lost), "they go at once"
+    assert sum(counts.values()) < 40 * len(counts) / 3 and len(found.finalists) < 12
 
 
 def test_the_smallest(made_up):
     made_up.size = lambda each: 100 if each.cross.format == "model" else 10 if "int8" in each.cross.format else 5
     made_up.nats = lambda each: 0.03 if "int4" in each.cross.format else 0.004
-    found = tune(Whisper, None, audios(40), goal="memory", count=1000)
+    found = tune(Whisper, None, audios(40), goal="memory", count=80)
     assert "int8" in found.setting.cross.format
     (entry,) = [each for each in found.entries if each.setting == found.setting]
     assert entry.share == 0.1 and entry.audios == 40
@@ -98,21 +98,21 @@ def test_words_count_too(made_up):
     """A setting that is fast and likely, but adds a word to every recording."""
     made_up.seconds = lambda each: 0.2 if each.weights == "int8" else 1.0 if each.weights == "model" else 0.5
     made_up.wrong = lambda setting, number: " more" if setting.weights == "int8" else ""
-    found = tune(Whisper, None, audios(40), count=1000)
+    found = tune(Whisper, None, audios(40), count=40)
     assert found.setting.weights == "bfloat16"
 
 
 def test_too_little_audio_is_said_to_be_too_little(made_up):
     made_up.seconds = lambda each: 0.2 if each.weights == "int8" else 1.0
     made_up.wrong = lambda setting, number: " more" if setting.weights == "int8" and number == 1 else ""
-    found = tune(Whisper, None, audios(40), within_wer=0.3, count=60)
+    found = tune(Whisper, None, audios(40), within_wer=0.3, count=20)
     assert found.setting.name == "lossless" or found.setting.weights != "int8"
     assert "40 recordings are too few to be sure: WER +0.25 (+0.00 to +0.75) points" in found.advice
     assert int(found.advice.split("Some ")[1].split()[0]) > 1000
-    found = tune(Whisper, None, audios(40), within_wer=0.8, count=60)
+    found = tune(Whisper, None, audios(40), within_wer=0.8, count=20)
     assert found.setting.weights == "int8" and not found.advice
     made_up.wrong = lambda setting, number: ""
-    found = tune(Whisper, None, audios(tuning.FEW - 1), count=60)
+    found = tune(Whisper, None, audios(tuning.FEW - 1), count=20)
     assert found.setting.name == "lossless" and f"Some {tuning.FEW} would tell" in found.advice
 
 

@@ -91,11 +91,12 @@ def candidates(model: Any, count: int, seed: int = 0) -> list[Setting]:
 
 def rounds(audios: int, settings: int) -> Iterator[tuple[int, int]]:
     """(recordings heard so far, settings that stay) of each round."""
-    heard = min(LEAST, audios)
-    while heard < audios:
+    sizes = [audios]
+    while sizes[0] >= LEAST * GROW:
+        sizes.insert(0, -(-sizes[0] // GROW))
+    for heard in sizes[:-1]:
         settings = max(-(-settings // GROW), STAY)
         yield heard, settings
-        heard = min(heard * GROW, audios)
     yield audios, settings
 
 
