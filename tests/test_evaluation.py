@@ -15,6 +15,7 @@ from whisperkv.evaluation import (
     loops,
     normalized,
     normalizer,
+    parsed,
     read,
     spoken_qa,
     word_counts,
@@ -235,3 +236,58 @@ def test_loops():
     assert not loops(said) and not loops("no no no no no")
     assert loops(f"{said} {said} {said}") and loops("we go there now. We go there now, we go there now")
     assert loops("ha" * 60)
+
+
+@pytest.mark.parametrize(
+    "text, python, options",
+    [
+        ("lossless", "patch(model)", "--weights model --cross model --trim off"),
+        (
+            "fastest",
+            "patch(model, cross=CrossConfig(format='latent_int8', trim='padding'), weights='int8')",
+            "--weights int8 --cross latent_int8 --trim padding",
+        ),
+        (
+            "smallest,weights=bfloat16",
+            "patch(model, EvictionConfig(recent=32, heavy=16), cross=CrossConfig(format='latent_int4', trim='padding'), "
+            "weights='bfloat16')",
+            "--weights bfloat16 --cross latent_int4 --trim padding --policy heavy_hitter --recent 32 --heavy 16",
+        ),
+        (
+            " policy=window , recent=48,heavy=0,pin_prompt=no",
+            "patch(model, EvictionConfig(policy='window', recent=48, heavy=0, pin_prompt=False))",
+            None,
+        ),
+        ("merge=0.5", "patch(model, cross=CrossConfig(merge=0.5))", None),
+        ("unpatched", "unpatch(model)", None),
+    ],
+)
+def test_settings(text, python, options):
+    """A text, the line of Python, and the options of a command say the same."""
+    setting = parsed(text)
+    assert setting.python == python and setting.options == options
+    again = parsed(setting.text)
+    assert (again.eviction, again.cross, again.weights) == (setting.eviction, setting.cross, setting.weights)
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        (
+            "fastst",
+            "'fastst' is no setting; a setting is one of unpatched, lossless, fastest, smallest, or FIELD=VALUE",
+        ),
+        ("colour=3", "'colour' is no field; .* with the fields policy, recent, heavy, decay, pin_prompt, cross, trim"),
+        ("recent=a", "recent must be a whole number; got 'a'"),
+        ("decay=a", "decay must be a number; got 'a'"),
+        ("pin_prompt=maybe", "pin_prompt must be true or false; got 'maybe'"),
+        ("weights=int9", "weights must be one of model, bfloat16, int8; got 'int9'"),
+        ("cross=int9", "CrossConfig.format must be one of 'model', 'int8'"),
+        ("recent=0", "EvictionConfig.recent must be a whole number of tokens, 1 or more"),
+        ("unpatched,recent=3", "unpatched takes no changes"),
+        ("", "setting '' is empty"),
+    ],
+)
+def test_settings_that_are_none(text, message):
+    with pytest.raises(ValueError, match=message):
+        parsed(text)

@@ -9,6 +9,7 @@ EVICTION = tuple(field.name for field in fields(EvictionConfig))
 CROSS = {"cross": "format", **{field.name: field.name for field in fields(CrossConfig) if field.name != "format"}}
 WEIGHTS = ("model", "bfloat16", "int8")
 FIELDS = (*EVICTION, *CROSS, "weights")
+OPTIONS = ("policy", "recent", "heavy")  # of EVICTION, those that `whisperkv transcribe` has
 UNPATCHED = "unpatched"
 NAMED = {  # with the changes that each makes to patch(model)
     "lossless": "",
@@ -68,9 +69,13 @@ class Setting:
         return ",".join(f"{name}={value}" for name, value in self.changes.items()) or self.name
 
     @property
-    def options(self) -> str:
-        """Of a command."""
-        return " ".join(f"--{name.replace('_', '-')} {value}" for name, value in self.changes.items())
+    def options(self) -> str | None:
+        """Of `whisperkv transcribe`, or None if it has none for some of this."""
+        eviction = {name: self.changes[name] for name in OPTIONS if name in self.changes}
+        if not self.is_patched or self.changes.keys() - {*OPTIONS, "cross", "trim", "weights"}:
+            return None
+        given = {"weights": self.weights, "cross": self.cross.format, "trim": self.cross.trim, **eviction}
+        return " ".join(f"--{name} {value}" for name, value in given.items())
 
 
 def parsed(text: str) -> Setting:

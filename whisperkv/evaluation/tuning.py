@@ -64,8 +64,8 @@ class Tuned:
         return self.setting.python
 
     @property
-    def options(self) -> str:
-        """Of a command that transcribes."""
+    def options(self) -> str | None:
+        """Of `whisperkv transcribe`, or None if it has none for some of this."""
         return self.setting.options
 
     @property
