@@ -249,8 +249,8 @@ def test_loops():
         ),
         (
             "smallest,weights=bfloat16",
-            "patch(model, EvictionConfig(recent=32, heavy=16), cross=CrossConfig(format='latent_int4', trim='padding'), "
-            "weights='bfloat16')",
+            "patch(model, EvictionConfig(recent=32, heavy=16), "
+            "cross=CrossConfig(format='latent_int4', trim='padding'), weights='bfloat16')",
             "--weights bfloat16 --cross latent_int4 --trim padding --policy heavy_hitter --recent 32 --heavy 16",
         ),
         (
