@@ -46,7 +46,7 @@ def tokens_kept(recorded: "Trace | Decode", row: int = 0, layers: Sequence[int] 
     colours = ListedColormap(["none", OTHER, ACCENT])
     for layer, held, panel in zip(chosen, kept, axes.flat):
         seen = np.arange(tokens) <= tokens - steps + np.arange(steps)[:, None]
-        panel.imshow(seen + (seen & held), cmap=colours, vmin=0, vmax=2, aspect="auto", interpolation="nearest")
+        panel.imshow(seen.astype(int) + (seen & held), cmap=colours, vmin=0, vmax=2, aspect="auto", interpolation="nearest")
         panel.set_title(f"layer {layer}", loc="left", fontsize=10)
     for panel in axes.flat[len(chosen) :]:
         panel.set_visible(False)
