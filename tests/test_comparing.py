@@ -153,6 +153,8 @@ def test_the_report_stands_alone(compared, tmp_path):
     assert not re.search(r"<(script|link|iframe|img)|@import|url\((?!#)|href=\"(?!#)", page.replace("&lt;", ""))
     ids = re.findall(r'\bid="([^"]*)"', page)
     assert len(ids) == len(set(ids)) and set(re.findall(r'(?:url\(|href=")#([^)"]*)', page)) <= set(ids)
+    colours = re.findall(r"<text[^>]*?>", page)
+    assert colours and all("fill: currentColor" in text for text in colours), "readable in the dark"
     assert "prefers-color-scheme: dark" in page and "width=device-width" in page
     assert "<del>" in page and "patch(model, EvictionConfig(recent=4, heavy=2, pin_prompt=False))" in page
     with pytest.raises(ValueError, match="results must hold one"):

@@ -4,9 +4,10 @@ Every function returns a matplotlib Figure. Backgrounds are transparent and text
 read on white and on dark pages alike.
 """
 
+import functools
 import io
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import numpy as np
 
@@ -28,10 +29,28 @@ STYLE = {
     "axes.spines.right": False, "font.family": "sans-serif", "figure.facecolor": "none", "axes.facecolor": "none",
     "savefig.facecolor": "none", "legend.frameon": False,
 }  # fmt: skip
+Draw = TypeVar("Draw", bound=Callable[..., Any])
+LINE = 26  # letters of a name in one line
 Y = {"wer": "WER, %", "nll": "NLL, nats a token"}
 X = {"bytes": "bytes of both caches", "seconds": "seconds", "memory": "peak memory, bytes"}
 
 
+def _styled(draw: Draw) -> Draw:
+    """All of it in our colours, whatever the notebook's are."""
+
+    @functools.wraps(draw)
+    def drawn(*args: Any, **given: Any) -> Any:
+        try:
+            import matplotlib
+        except ImportError as error:
+            raise ImportError(f"{error.name} is not installed: pip install whisperkv[cli]") from error
+        with matplotlib.rc_context(STYLE):
+            return draw(*args, **given)
+
+    return cast(Draw, drawn)
+
+
+@_styled
 def tokens_kept(recorded: "Trace | Decode", row: int = 0, layers: Sequence[int] | None = None) -> "Figure":
     """Which tokens each layer keeps: a line is a step, a column a token. Dark is kept, light was evicted."""
     from matplotlib.colors import ListedColormap
@@ -46,7 +65,9 @@ def tokens_kept(recorded: "Trace | Decode", row: int = 0, layers: Sequence[int] 
     colours = ListedColormap(["none", OTHER, ACCENT])
     for layer, held, panel in zip(chosen, kept, axes.flat):
         seen = np.arange(tokens) <= tokens - steps + np.arange(steps)[:, None]
-        panel.imshow(seen.astype(int) + (seen & held), cmap=colours, vmin=0, vmax=2, aspect="auto", interpolation="nearest")
+        panel.imshow(
+            seen.astype(int) + (seen & held), cmap=colours, vmin=0, vmax=2, aspect="auto", interpolation="nearest"
+        )
         panel.set_title(f"layer {layer}", loc="left", fontsize=10)
     for panel in axes.flat[len(chosen) :]:
         panel.set_visible(False)
@@ -58,6 +79,7 @@ def tokens_kept(recorded: "Trace | Decode", row: int = 0, layers: Sequence[int] 
     return figure
 
 
+@_styled
 def attention_over_time(
     recorded: "Trace | Decode",
     configs: Mapping[str, EvictionConfig] | Sequence[EvictionConfig],
@@ -84,6 +106,7 @@ def attention_over_time(
     return figure
 
 
+@_styled
 def cache_over_time(recorded: "Mapping[str, Trace | Decode]") -> "Figure":
     """Bytes of the self-attention and of the cross-attention cache after each pass, of decodes by name."""
     figure, ((left, right),) = _figure(1, 2, (8, 3.2))
@@ -100,6 +123,7 @@ def cache_over_time(recorded: "Mapping[str, Trace | Decode]") -> "Figure":
     return figure
 
 
+@_styled
 def tradeoff(results: "Sequence[Result]", y: str = "wer", x: str = "bytes") -> "Figure":
     """WER or NLL of each setting against what it takes, with 95 % intervals of the difference from the unpatched model,
     and a line through those that no other beats in both."""
@@ -118,7 +142,7 @@ def tradeoff(results: "Sequence[Result]", y: str = "wer", x: str = "bytes") -> "
         low, high = getattr(each, f"{y}_difference_interval") or (more, more)
         base = value - more
         bars = [[max(value - base - low, 0)], [max(base + high - value, 0)]]
-        panel.errorbar(at, value, bars, fmt="o", color=colour, capsize=3, markersize=7, label=each.setting)
+        panel.errorbar(at, value, bars, fmt="o", color=colour, capsize=3, markersize=7, label=wrapped(each.setting))
     if x in ("bytes", "memory") and max(places) > 5 * min(places) > 0:
         panel.set_xscale("log")
     _bytes_on(panel, x)
@@ -129,13 +153,16 @@ def tradeoff(results: "Sequence[Result]", y: str = "wer", x: str = "bytes") -> "
     return figure
 
 
-def bars(names: Sequence[str], values: Sequence[float], title: str, form: str = ".1f") -> "Figure":
+@_styled
+def bars(names: Sequence[str], values: Sequence[float], title: str = "", form: str = ".1f") -> "Figure":
     """One bar a name, the value beside it."""
-    figure, ((panel,),) = _figure(1, 1, (6.5, 0.7 + 0.34 * len(names)))
+    labels = [wrapped(name) for name in names]
+    lines = sum(label.count("\n") for label in labels)
+    figure, ((panel,),) = _figure(1, 1, (6.5, 0.4 + 0.34 * len(names) + 0.16 * lines))
     panel.barh(range(len(names)), values, color=[OTHER, *[ACCENT] * (len(names) - 1)], height=0.68)
     for place, value in enumerate(values):
         panel.text(value, place, f" {value:{form}}", va="center")
-    panel.set_yticks(range(len(names)), names)
+    panel.set_yticks(range(len(names)), labels)
     panel.invert_yaxis()
     panel.margins(x=0.14)
     panel.set_title(title, loc="left", fontsize=10)
@@ -145,6 +172,7 @@ def bars(names: Sequence[str], values: Sequence[float], title: str, form: str = 
     return figure
 
 
+@_styled
 def search(entries: "Sequence[Entry]", goal: str, bound: float, winner: str) -> "Figure":
     """What tune() has tried: NLL beyond the unpatched model's against the share of its seconds or bytes. The larger a
     dot, the more recordings it has heard; the line joins those that no other beats in both."""
@@ -185,27 +213,21 @@ def pareto(x: Sequence[float], y: Sequence[float]) -> list[int]:
     return found
 
 
+@_styled
 def svg(figure: "Figure") -> str:
     """As an <svg> that stands in a page."""
-    import matplotlib
-
     out = io.StringIO()
-    with matplotlib.rc_context(STYLE):
-        figure.savefig(out, format="svg", transparent=True, metadata={"Date": None})
+    figure.savefig(out, format="svg", transparent=True, metadata={"Date": None})
     text = out.getvalue()
     return text[text.index("<svg") :]
 
 
 def _figure(down, across, size, **shared):
-    try:
-        import matplotlib.pyplot  # noqa: F401  # notebooks show figures once it is there
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError(f"{error.name} is not installed: pip install whisperkv[cli]") from error
-    with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=size, layout="constrained")
-        axes = figure.subplots(down, across, squeeze=False, **shared)
-    return figure, axes
+    import matplotlib.pyplot  # noqa: F401  # notebooks show figures once it is there
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=size, layout="constrained")
+    return figure, figure.subplots(down, across, squeeze=False, **shared)
 
 
 def _decode(recorded: Any) -> Any:
@@ -238,6 +260,16 @@ def _bytes_on(panel, x):
 
         panel.xaxis.set_major_formatter(FuncFormatter(lambda value, _: size(value)))
         panel.xaxis.set_minor_formatter(NullFormatter())
+
+
+def wrapped(name: str) -> str:
+    """A setting in lines that are not too long."""
+    lines = [""]
+    for part in name.replace(",", ",\0").split("\0"):
+        if lines[-1] and len(lines[-1]) + len(part) > LINE:
+            lines.append("")
+        lines[-1] += part
+    return "\n".join(lines)
 
 
 def size(count: float) -> str:

@@ -42,7 +42,8 @@ def write_report(results: Sequence[Result], path: str | PathLike[str], title: st
 
 def _cells(result):
     values = ((get(result), form) for form, get in MARKDOWN.values())
-    return ["–" if value is None else format(value, form) for value, form in values]
+    cells = ["–" if value is None else format(value, form) for value, form in values]
+    return [cell.replace(" (", "\n(").replace(",", ",\u200b") for cell in cells]
 
 
 def _summary(result, first):
@@ -55,7 +56,7 @@ def _summary(result, first):
     if result.wer_difference is not None:
         parts.append(f"WER {between(result.wer_difference, result.wer_difference_interval, '+.2f')} points")
     if result.loops > first.loops:
-        parts.append(f"{result.loops} recordings loop, {first.loops} unpatched")
+        parts.append(f"{result.loops} recording{'s loop' if result.loops > 1 else ' loops'}, {first.loops} unpatched")
     return "; ".join(parts)
 
 
@@ -67,11 +68,11 @@ def _charts(results):
         found.append(("Word error rate against the bytes of both caches", plot.tradeoff(results, "wer")))
     found += [
         ("Likelihood of the unpatched model's text against the bytes of both caches", plot.tradeoff(results, "nll")),
-        ("Speed", plot.bars(names, [each.rtfx for each in results], "seconds of audio in a second")),
-        ("Caches", plot.bars(names, [each.cache_bytes / 1e6 for each in results], "both caches, MB", ".2f")),
+        ("Seconds of audio in a second", plot.bars(names, [each.rtfx for each in results])),
+        ("Both caches, MB", plot.bars(names, [each.cache_bytes / 1e6 for each in results], form=".2f")),
         (
-            "Memory",
-            plot.bars(names, [each.peak_memory / 1e6 for each in results], "peak of the process, MB", ".0f"),
+            "Peak of the process's memory, MB",
+            plot.bars(names, [each.peak_memory / 1e6 for each in results], form=".0f"),
         ),
     ]
     return [(caption, _inline(figure, f"chart{number}")) for number, (caption, figure) in enumerate(found)]
