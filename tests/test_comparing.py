@@ -18,6 +18,7 @@ from whisperkv.evaluation import (
     Options,
     children,
     compare,
+    comparing,
     decoding,
     heard,
     markdown,
@@ -265,6 +266,25 @@ def test_compare_from_the_command_line(command, folder, noises, tmp_path):
     assert "<svg" in out.read_text() and (tmp_path / "report.csv").is_file()
     first, other = read_json(tmp_path / "report.json")
     assert first.audios == 3 and first.model == str(folder) and other.evicted > 0 and first.words == 6
+
+
+def test_what_was_done_before_an_interruption_is_kept(command, folder, noises, tmp_path, monkeypatch):
+    settings = []
+
+    def interrupted(job, on_window):
+        settings.append(job.setting.name)
+        if len(settings) == 3:
+            raise KeyboardInterrupt
+        return measure(*load_model(job.model), job.audios, job.setting, job.options, job.given, on_window)
+
+    monkeypatch.setattr(comparing, "apart", interrupted)
+    out = tmp_path / "report.html"
+    code, said, errors = command("compare", noises, "--model", folder, "--out", out)
+    assert (
+        code == 130 and "whisperkv compare: interrupted" in errors and settings == ["unpatched", "lossless", "fastest"]
+    )
+    assert [each.setting for each in read_json(tmp_path / "report.json")] == ["unpatched", "lossless"]
+    assert "lossless" in said and "lossless" in out.read_text()
 
 
 @pytest.mark.parametrize(

@@ -43,8 +43,7 @@ def compare(
     unpatched model's text is what the settings are held against.
     """
     with complaint("compare"):
-        from ..evaluation import Options, markdown, parsed, write_csv, write_json, write_report
-        from ..evaluation import compare as compared
+        from ..evaluation import Options, compare_each, markdown, parsed, write_csv, write_json, write_report
 
         settings = [parsed(text) for text in setting or ("lossless", "fastest", "smallest")]
         if out.suffix.lower() not in (".html", ".htm"):
@@ -55,14 +54,20 @@ def compare(
         options = Options(language, batch, beams, repeat=repeat, threads=threads)
         windows = sum(len(each.windows) for each in audios)
         runs = 1 + sum(each.is_patched for each in settings)
-        with progress() as steps:
-            steps.begin("", runs * (1 + repeat) * windows)
-            results = compared(model, audios, settings, options, steps.name, steps.advance, device)
-        write_report(results, out, f"{Path(model).name}: {len(audios)} recording{'s' * (len(audios) != 1)} compared")
-        write_json(results, out.with_suffix(".json"))
-        write_csv(results, out.with_suffix(".csv"))
-    print(markdown(results))
-    names = ", ".join(str(out.with_suffix(ending)) for ending in (out.suffix, ".json", ".csv"))
-    print(f"written: {names}", file=sys.stderr)
+        results = []
+        try:
+            with progress() as steps:
+                steps.begin("", runs * (1 + repeat) * windows)
+                for found in compare_each(model, audios, settings, options, steps.name, steps.advance, device):
+                    results.append(found)
+        finally:  # what is done is kept, whatever came
+            if results:
+                title = f"{Path(model).name}: {len(audios)} recording{'s' * (len(audios) != 1)} compared"
+                write_report(results, out, title)
+                write_json(results, out.with_suffix(".json"))
+                write_csv(results, out.with_suffix(".csv"))
+                print(markdown(results))
+                names = ", ".join(str(out.with_suffix(ending)) for ending in (out.suffix, ".json", ".csv"))
+                print(f"written: {names}", file=sys.stderr)
     if bad:
         raise typer.Exit(1)

@@ -31,6 +31,7 @@ _HOME = {
     "write_csv": "results",
     "write_json": "results",
     "compare": "comparing",
+    "compare_each": "comparing",
     "write_report": "report",
     "tune": "tuning",
 }
@@ -44,6 +45,7 @@ __all__ += sorted(_HOME)
 if TYPE_CHECKING:  # the same for type checkers and editors, which do not follow __getattr__
     from . import plot as plot
     from .comparing import compare as compare
+    from .comparing import compare_each as compare_each
     from .hearing import Audio as Audio
     from .hearing import heard as heard
     from .measuring import Options as Options

@@ -1,6 +1,6 @@
 """Settings side by side on the same recordings, the unpatched model first."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -30,6 +30,19 @@ def compare(
     on_setting  told the name of what comes next
     on_window   told how many windows are done
     """
+    return list(compare_each(model, audios, settings, options, on_setting, on_window, device))
+
+
+def compare_each(
+    model: str | tuple[Any, Any],
+    audios: Sequence[Audio],
+    settings: Sequence[str | Setting] = ("lossless", "fastest", "smallest"),
+    options: Options | None = None,
+    on_setting: Callable[[str], None] = lambda name: None,
+    on_window: Callable[[int], None] = lambda windows: None,
+    device: str = "cpu",
+) -> Iterator[Result]:
+    """The same, each Result as soon as it is there."""
     chosen = [parsed(each) if isinstance(each, str) else each for each in settings]
     names = [each.name for each in chosen]
     twice = next((name for name in names if names.count(name) > 1), None)
@@ -40,7 +53,7 @@ def compare(
     options = options or Options()
     if not audios:
         raise ValueError("there is no recording to compare on")
-    known, results, baseline = [audio for audio in audios if audio.text], [], None
+    known, baseline = [audio for audio in audios if audio.text], None
     for setting in chosen:
         on_setting(setting.name)
         given = baseline and baseline.tokens
@@ -55,8 +68,7 @@ def compare(
         if known and not any(normalize(audio.text).split() for audio in known):
             raise ValueError("no reference has a word left after Whisper's normalizer: nothing can be compared")
         norm = norm_name(language, measured.spellings)
-        results.append(result(measured, baseline, audios, options, name_of(model), normalize, norm))
-    return results
+        yield result(measured, baseline, audios, options, name_of(model), normalize, norm)
 
 
 def name_of(model: str | tuple[Any, Any]) -> str:

@@ -104,11 +104,11 @@ def measure(
     language = language_of(model, processor, audios, options.language)
     groups = batches(sorted(range(len(windows)), key=lambda index: -len(windows[index])), options.batch)
     run = _Run(model, processor, windows, setting, options, language)
-    before = memory.held()
+    before = memory.held(model.device)
     setting.apply(model)
     try:
         run.decode(groups[0])  # packs the matrices, warms up
-        memory.forget()
+        memory.forget(model.device)
         taken = []
         for _ in range(options.repeat):
             start = time.perf_counter()
@@ -117,7 +117,7 @@ def measure(
                 on_window(len(group))
             _wait(model)
             taken.append(time.perf_counter() - start)
-        peak = memory.most()
+        peak = memory.most(model.device)
         nats = torch.zeros(len(windows), dtype=torch.float64)
         tokens = run.tokens if given is None else list(given)
         for group in groups:

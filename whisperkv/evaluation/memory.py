@@ -1,24 +1,24 @@
-"""What this process holds."""
+"""What this process holds: all of it where the model is on the CPU, what torch has of a GPU where it is there."""
 
 import contextlib
 
 import torch
 
 
-def held() -> int:
-    """Bytes now: of the process, or of torch on a GPU."""
-    return torch.cuda.memory_allocated() if torch.cuda.is_available() else _read("VmRSS")
+def held(device: torch.device) -> int:
+    """Bytes now."""
+    return torch.cuda.memory_allocated(device) if device.type == "cuda" else _read("VmRSS")
 
 
-def most() -> int:
+def most(device: torch.device) -> int:
     """Bytes at most since forget()."""
-    return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else _read("VmHWM")
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else _read("VmHWM")
 
 
-def forget() -> None:
+def forget(device: torch.device) -> None:
     """Begin anew to note the most. Where that is not allowed, it stays that of all that ran before."""
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
         return
     with contextlib.suppress(OSError), open("/proc/self/clear_refs", "w") as file:
         file.write("5")

@@ -134,7 +134,7 @@ def tradeoff(results: "Sequence[Result]", y: str = "wer", x: str = "bytes") -> "
         raise ValueError(f"no result has {y}: there was nothing to compare with")
     places = [_place(each, x) for each in shown]
     values = [getattr(each, y) for each in shown]
-    figure, ((panel,),) = _figure(1, 1, (6.5, 3.8))
+    figure, ((panel,),) = _figure(1, 1, (5.4, 3.9))
     best = pareto(places, values)
     panel.plot([places[i] for i in best], [values[i] for i in best], color=GREY, linewidth=1, linestyle=":", zorder=1)
     for colour, each, at, value in zip(_colours(len(shown)), shown, places, values):
@@ -158,7 +158,7 @@ def bars(names: Sequence[str], values: Sequence[float], title: str = "", form: s
     """One bar a name, the value beside it."""
     labels = [wrapped(name) for name in names]
     lines = sum(label.count("\n") for label in labels)
-    figure, ((panel,),) = _figure(1, 1, (6.5, 0.4 + 0.34 * len(names) + 0.16 * lines))
+    figure, ((panel,),) = _figure(1, 1, (5.4, 0.4 + 0.34 * len(names) + 0.16 * lines))
     panel.barh(range(len(names)), values, color=[OTHER, *[ACCENT] * (len(names) - 1)], height=0.68)
     for place, value in enumerate(values):
         panel.text(value, place, f" {value:{form}}", va="center")

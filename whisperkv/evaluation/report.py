@@ -21,7 +21,9 @@ def write_report(results: Sequence[Result], path: str | PathLike[str], title: st
     except ImportError as error:
         raise ImportError("jinja2 is not installed: pip install whisperkv[cli]") from error
     first, *others = results
-    page = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(TEMPLATE.read_text())
+    world = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    world.filters["loose"] = lambda name: name.replace(",", ",\u200b")  # may break there
+    page = world.from_string(TEMPLATE.read_text(encoding="utf-8"))
     files = _files(results)
     text = page.render(
         title=title,
@@ -37,13 +39,13 @@ def write_report(results: Sequence[Result], path: str | PathLike[str], title: st
         same=first.audios - len(files),
         given=first.signatures.get("wer", "").startswith("WER|reference:given"),
     )
-    Path(path).write_text(text)
+    Path(path).write_text(text, encoding="utf-8")
 
 
 def _cells(result):
     values = ((get(result), form) for form, get in MARKDOWN.values())
     cells = ["–" if value is None else format(value, form) for value, form in values]
-    return [cell.replace(" (", "\n(").replace(",", ",\u200b") for cell in cells]
+    return [cell.replace(" (", "\n(") for cell in cells]
 
 
 def _summary(result, first):
@@ -70,10 +72,7 @@ def _charts(results):
         ("Likelihood of the unpatched model's text against the bytes of both caches", plot.tradeoff(results, "nll")),
         ("Seconds of audio in a second", plot.bars(names, [each.rtfx for each in results])),
         ("Both caches, MB", plot.bars(names, [each.cache_bytes / 1e6 for each in results], form=".2f")),
-        (
-            "Peak of the process's memory, MB",
-            plot.bars(names, [each.peak_memory / 1e6 for each in results], form=".0f"),
-        ),
+        ("Peak of the memory, MB", plot.bars(names, [each.peak_memory / 1e6 for each in results], form=".0f")),
     ]
     return [(caption, _inline(figure, f"chart{number}")) for number, (caption, figure) in enumerate(found)]
 

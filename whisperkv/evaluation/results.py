@@ -254,8 +254,14 @@ def between(value: float | None, edges: Interval | None, form: str) -> str | Non
     if value is None:
         return None
     if edges is None:
-        return f"{value:{form}}"
-    return f"{value:{form}} ({edges[0]:{form}} to {edges[1]:{form}})"
+        return _signed(value, form)
+    return f"{_signed(value, form)} ({_signed(edges[0], form)} to {_signed(edges[1], form)})"
+
+
+def _signed(value, form):
+    """Nothing has no minus."""
+    text = format(value, form)
+    return text if text.strip("-0.") else text.replace("-", "+")
 
 
 def table(headings: Sequence[str], rows: Iterable[Sequence[object]], forms: Sequence[str]) -> str:
