@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -191,7 +192,10 @@ class _Recorder:
     def __init__(self, whisper):
         self.whisper, self.trace = whisper, Trace()
         self.heads = whisper.config.decoder_attention_heads
-        self.cache = self.now = self.padding = self.order = None
+        self.cache: Any = None
+        self.now: Any = None  # the Pass that goes on
+        self.padding: Any = None  # of each row of the decode
+        self.order: Any = None
 
     def begin(self, decoder, args, kwargs):
         given = with_new_names(kwargs)

@@ -95,7 +95,7 @@ def _lines(path):
     """(number, {name: value}) of each line that is not empty."""
     with open(path, newline="", encoding="utf-8-sig") as file:
         if path.suffix.lower() in (".tsv", ".csv"):
-            plain = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if path.suffix.lower() == ".tsv" else {}
+            plain: Any = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if path.suffix.lower() == ".tsv" else {}
             table = csv.DictReader(file, restkey="", **plain)
             _check_columns(path, table.fieldnames or [])
             for row in table:

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 GREY, ACCENT, OTHER = "#8b949e", "#2f81c7", "#b0a08c"
 COLOURS = ("#2f81c7", "#d9822b", "#3fa66b", "#b65fc0", "#c94f4f", "#8a7a3d", "#5f6bd0", "#3aa7a7")
-STYLE = {
+STYLE: Any = {
     "text.color": GREY, "axes.labelcolor": GREY, "axes.edgecolor": GREY, "xtick.color": GREY, "ytick.color": GREY,
     "svg.fonttype": "none", "svg.hashsalt": "whisperkv", "font.size": 10, "axes.spines.top": False,
     "axes.spines.right": False, "font.family": "sans-serif", "figure.facecolor": "none", "axes.facecolor": "none",

@@ -121,7 +121,7 @@ def result(
         np.concatenate(each).astype(float) for each in (measured.nats, baseline.nats, measured.lengths)
     )
     taken, seconds = median(measured.taken), sum(audio.seconds for audio in audios)
-    held = {name: value if name == "frames_share" else int(value) for name, value in measured.held.items()}
+    held: Any = {name: value if name == "frames_share" else int(value) for name, value in measured.held.items()}
     return Result(
         setting=measured.setting.name,
         python=measured.setting.python,
