@@ -16,7 +16,7 @@ class Whisper:
     device, dtype, name_or_path = torch.device("cpu"), torch.float32, "made up"
 
 
-def audios(count, text=WORDS):
+def audios(count, text=5 * f"{WORDS} "):
     return [Audio(f"audio {number}", text, [np.ones(16000, np.float32)]) for number in range(count)]
 
 
@@ -35,7 +35,7 @@ def made_up(monkeypatch):
         def measure(cls, model, processor, audios, setting, options, given=None, on_window=None):
             cls.heard.append((setting.name, len(audios)))
             random = np.random.default_rng([len(cls.heard)])
-            texts = [WORDS + cls.wrong(setting, int(audio.name.split()[-1])) for audio in audios]
+            texts = [5 * f"{WORDS} " + cls.wrong(setting, int(audio.name.split()[-1])) for audio in audios]
             lost = cls.nats(setting) * (1 + 0.1 * random.standard_normal(len(audios)))
             held = dict(zip(CACHES, (cls.size(setting), 0, 0, 0, 0, 0, 1.0)))
             about = dict.fromkeys(("device", "dtype", "threads", "isa", "whisperkv", "transformers", "torch"), "x")
@@ -104,16 +104,18 @@ def test_words_count_too(made_up):
 
 def test_too_little_audio_is_said_to_be_too_little(made_up):
     made_up.seconds = lambda each: 0.2 if each.weights == "int8" else 1.0
-    made_up.wrong = lambda setting, number: " more" if setting.weights == "int8" and number == 1 else ""
+    made_up.wrong = lambda setting, number: " more" * 5 if setting.weights == "int8" and number == 1 else ""
     found = tune(Whisper, None, audios(40), within_wer=0.3, count=20)
     assert found.setting.name == "lossless" or found.setting.weights != "int8"
-    assert "40 recordings are too few to be sure: WER +0.25 (+0.00 to +0.75) points" in found.advice
+    assert "40 recordings are too few to be sure of it: WER +0.25 (+0.00 to +0.75) points" in found.advice
     assert int(found.advice.split("Some ")[1].split()[0]) > 1000
     found = tune(Whisper, None, audios(40), within_wer=0.8, count=20)
     assert found.setting.weights == "int8" and not found.advice
     made_up.wrong = lambda setting, number: ""
-    found = tune(Whisper, None, audios(tuning.FEW - 1), count=20)
+    found = tune(Whisper, None, audios(tuning.FEW - 1), within_wer=1, count=20)
     assert found.setting.name == "lossless" and f"Some {tuning.FEW} would tell" in found.advice
+    found = tune(Whisper, None, audios(15), within_wer=0.3, count=20)
+    assert found.setting.name == "lossless" and "too few" in found.advice, "750 words prove no 0.3 points"
 
 
 def test_windows_where_there_are_no_references():

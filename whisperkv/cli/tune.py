@@ -51,9 +51,10 @@ def tune(
             raise FileNotFoundError(f"--out: {out.absolute().parent}: no such folder")
         from transformers import logging
 
-        from ..evaluation import Options, markdown, plot
+        from ..evaluation import Options, plot
         from ..evaluation import tune as tuned
         from ..evaluation.models import load_model
+        from ..evaluation.results import between, table
 
         logging.set_verbosity_error()
         audios, bad = audios_of(audio, count)
@@ -62,7 +63,7 @@ def tune(
         with progress() as steps:
             found = tuned(
                 whisper, processor, audios, within_wer, within_nll, goal.value, settings,
-                Options(language, batch, threads=threads), steps.begin, steps.advance,
+                Options(language, batch, threads=threads), model, steps.begin, steps.advance,
             )  # fmt: skip
         plot.search(found.entries, goal.value, within_nll, found.setting.name).savefig(out)
         tried = [
@@ -70,7 +71,19 @@ def tune(
             for each in found.entries
         ]
         out.with_suffix(".json").write_text(json.dumps(tried, indent=1, ensure_ascii=False) + "\n")
-    print(markdown([each.result for each in found.finalists]))
+    share = {"speed": "seconds", "memory": "bytes"}[goal.value]
+    rows = [
+        (
+            each.setting.text,
+            each.share,
+            between(each.result.wer_difference, each.result.wer_difference_interval, "+.2f"),
+            between(each.result.nll_difference, each.result.nll_difference_interval, "+.4f"),
+            each.result.loops,
+        )
+        for each in found.finalists
+    ]
+    headings = ("setting", f"{share}, share", "WER difference (95 %)", "NLL difference (95 %)", "loops")
+    print(table(headings, rows, ("", ".3f", "", "", "d")))
     bounds = f"{within_wer:g} points of WER and {within_nll:g} nats"
     print(f"\nThe best for {goal.value} within {bounds}: {found.setting.text}")
     if found.advice:

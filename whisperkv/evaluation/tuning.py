@@ -37,6 +37,7 @@ AUDIOS: tuple[dict[str, Any], ...] = (
 WEIGHTS = ("model", "bfloat16", "int8")
 LEAST, GROW, STAY = 4, 3, 4  # recordings of the first round; more in each; settings that go on at least
 FEW = 10  # recordings from which on an interval says something
+UNSEEN = 3  # errors that may yet come where none was seen, at 95 %
 
 
 @dataclass
@@ -109,6 +110,7 @@ def tune(
     goal: str = "speed",
     count: int = 48,
     options: Options | None = None,
+    name: str = "",
     on_round: Callable[[str, int], None] = lambda name, windows: None,
     on_window: Callable[[int], None] = lambda windows: None,
 ) -> Tuned:
@@ -117,10 +119,12 @@ def tune(
     within_wer  points of word error rate beyond the unpatched model's that are borne
     within_nll  nats a token beyond the unpatched model's that are borne
     goal        "speed": the least time; "memory": the fewest bytes of both caches and of packed weights
+    name        of the model, for the signatures
     count       settings that are tried; many on few recordings first, then few on many
     on_round    told what comes next, and how many windows that is; on_window how many are done
 
     A setting counts as within a bound if the whole 95 % interval of its difference is: little audio proves little.
+    Where no word has changed, three may yet, so that a bound of 0.3 points takes 1000 words at least.
     """
     if goal not in GOALS:
         raise ValueError(f"goal must be one of {', '.join(GOALS)}; got {goal!r}")
@@ -131,7 +135,7 @@ def tune(
         raise ValueError(f"count must be 1 or more; got {count!r}")
     audios = units_of(audios)
     random.Random(0).shuffle(audios)
-    options = options or Options()
+    options, name = options or Options(), name or name_of((model, processor))
     unpatched, alive = parsed(UNPATCHED), candidates(model, count)
     settings = {each.name: each for each in [unpatched, *alive]}
     so_far: dict[str, Measured] = {}
@@ -148,7 +152,7 @@ def tune(
             options = replace(options, language=measured.about["language"])  # found once, for all
             before = so_far.get(setting.name)
             so_far[setting.name] = measured if before is None else before + measured
-            entries[setting.name] = _entry(setting, so_far, audios[:heard], options, goal, name_of((model, processor)))
+            entries[setting.name] = _entry(setting, so_far, audios[:heard], options, goal, name)
         begun = heard
         possible = [each for each in alive if not _is_out(entries[each.name].result, within_wer, within_nll)]
         possible.sort(key=lambda each: _rank(entries[each.name], within_wer, within_nll))
@@ -156,7 +160,7 @@ def tune(
             kept = possible[:stay]
             sure = next(each for each in alive if each.name == "lossless")
             alive = [*kept, *([] if sure in kept else [sure])]
-    finalists = [entries[each.name] for each in alive]
+    finalists = [entries[each.name] for each in alive]  # all recordings heard
     proven = [each for each in finalists if _is_within(each.result, within_wer, within_nll)]
     best = min(proven, key=lambda each: each.share, default=entries["lossless"])
     advice = _advice(finalists, best, within_wer, within_nll, len(audios))
@@ -193,7 +197,10 @@ def _differences(result, within_wer, within_nll):
     """(difference, interval, bound) of what is known."""
     found = [(result.nll_difference, result.nll_difference_interval, within_nll)]
     if result.wer_difference is not None:
-        found.append((result.wer_difference, result.wer_difference_interval, within_wer))
+        edges = result.wer_difference_interval
+        if edges is not None:
+            edges = edges[0], max(edges[1], 100 * UNSEEN / result.words)
+        found.append((result.wer_difference, edges, within_wer))
     return found
 
 
@@ -216,21 +223,21 @@ def _rank(entry, *bounds):
 
 
 def _advice(finalists, best, within_wer, within_nll, audios):
-    """What is better as far as one can see, and how much audio would show it."""
-    better = [each for each in finalists if each.share < best.share]
-    likely = [each for each in better if not _rank(each, within_wer, within_nll)[0]]
-    if not likely:
+    """What may be better, and how much audio would show whether it is."""
+    bounds = within_wer, within_nll
+    open_ones = [each for each in finalists if each.share < best.share and not _is_out(each.result, *bounds)]
+    if not open_ones:
         return ""
-    hope = min(likely, key=lambda each: each.share)
-    needed = max(FEW, audios)
-    for value, edges, bound in _differences(hope.result, within_wer, within_nll):
-        if edges is not None and edges[1] > bound:
-            wide, room = edges[1] - value, bound - value
-            needed = max(needed, math.ceil(audios * (wide / room) ** 2)) if room > 0 else needed
+    hope = min(open_ones, key=lambda each: (_rank(each, *bounds)[0], each.share))
+    needed = [FEW]
+    for value, edges, bound in _differences(hope.result, *bounds):
+        if edges is not None and edges[0] <= bound < edges[1] and value != bound:
+            width = edges[1] - value if value < bound else value - edges[0]
+            needed.append(math.ceil(audios * (width / (bound - value)) ** 2))
     wer = between(hope.result.wer_difference, hope.result.wer_difference_interval, "+.2f")
     nll = between(hope.result.nll_difference, hope.result.nll_difference_interval, "+.4f")
-    more = f"some {needed} would" if needed > audios else "more would"
+    more = f"Some {max(needed)}" if max(needed) > audios else "More"
     return (
-        f"{hope.setting.text} looks better still ({hope.share:.3f} of the unpatched model's), but {audios} "
-        f"recordings are too few to be sure: WER {wer or 'unknown'} points, NLL {nll}. {more.capitalize()} tell."
+        f"{hope.setting.text} takes {hope.share:.3f} of what the unpatched model takes, less still, but {audios} "
+        f"recordings are too few to be sure of it: WER {wer or 'unknown'} points, NLL {nll}. {more} would tell."
     )
