@@ -5,7 +5,6 @@ from itertools import groupby
 from pathlib import Path
 
 import numpy
-from transformers.models.whisper.english_normalizer import EnglishTextNormalizer
 
 from whisperkv import evaluation
 
@@ -13,7 +12,7 @@ DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 RATE, LONGEST = 16000, 29.5  # seconds in a window
 
 # Without the table of British and American spellings, which comes with a model's tokenizer and not with transformers.
-normalized = EnglishTextNormalizer({})
+normalized = evaluation.normalizer("en")
 
 
 @dataclass

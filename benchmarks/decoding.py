@@ -2,15 +2,24 @@
 
 import hashlib
 import logging
-import re
 import warnings
-import zlib
 
 import torch
 from audio import RATE, normalized
 from models import language_of
 from transformers.modeling_outputs import BaseModelOutput
 from transformers.utils import logging as transformers_logging
+
+from whisperkv import evaluation
+from whisperkv.evaluation.decoding import (  # noqa: F401  # as decoding.forced, ...
+    batches,
+    forced,
+    nats_of_each,
+    nats_of_each_at_once,
+    start_tokens,
+    transcript_tokens,
+)
+from whisperkv.evaluation.metrics import LOOP  # noqa: F401
 
 transformers_logging.set_verbosity_error()
 logging.getLogger("transformers").setLevel(logging.ERROR)
@@ -55,92 +64,19 @@ def long_features_of(processor, speeches, dtype=torch.float32):
     return {"input_features": inputs.input_features.to(dtype), "attention_mask": inputs.attention_mask}
 
 
-def start_tokens(model, processor):
-    """What every transcript without timestamps begins with."""
-    if model.generation_config.is_multilingual:
-        processor.tokenizer.set_prefix_tokens(language="english", task="transcribe", predict_timestamps=False)
-    return processor.tokenizer.prefix_tokens
-
-
-def transcript_tokens(model, sequence):
-    """What generate() returned for one window, to its end token."""
-    end = model.generation_config.eos_token_id
-    return [token for token in sequence.tolist() if token != end] + [end]
-
-
-def batches(items, size):
-    return [items[start : start + size] for start in range(0, len(items), size)]
-
-
-@torch.no_grad()
-def forced(model, features, prompts, transcripts):
-    """Teacher forcing through the cache, as in generate(): the prompts in one pass, then token by token.
-
-    prompts, transcripts  a list of tokens a window
-    Yields, for each step, the logits [rows, vocabulary], the tokens [rows] that stand there in the transcripts, and
-    which rows are not over yet [rows].
-    """
-    rows, start = len(prompts), max(map(len, prompts))
-    end = model.generation_config.eos_token_id
-    tokens = torch.full((rows, start + max(map(len, transcripts))), end)
-    mask = torch.ones_like(tokens)
-    for row, (prompt, transcript) in enumerate(zip(prompts, transcripts)):
-        tokens[row, start - len(prompt) : start + len(transcript)] = torch.tensor(prompt + transcript)
-        mask[row, : start - len(prompt)] = 0
-    positions = (mask.cumsum(-1) - 1).clamp(min=0)
-    lengths = torch.tensor([start + len(transcript) for transcript in transcripts])
-    padded = bool((mask == 0).any())
-
-    states, cache, done = model.get_encoder()(features), None, 0
-    for column in range(start, tokens.shape[1]):
-        output = model(
-            encoder_outputs=states,
-            decoder_input_ids=tokens[:, done:column],
-            decoder_attention_mask=mask[:, :column] if padded else None,
-            decoder_position_ids=positions[:, done:column] if padded else None,
-            past_key_values=cache,
-            use_cache=True,
-        )
-        cache, done = output.past_key_values, column
-        yield output.logits[:, -1], tokens[:, column], column < lengths
-
-
 def negative_log_likelihood(model, features, prompts, transcripts):
     """(sum, tokens) of the transcripts, in nats."""
-    total, count = 0.0, 0
-    for logits, tokens, alive in forced(model, features, prompts, transcripts):
-        losses = torch.nn.functional.cross_entropy(logits.float(), tokens, reduction="none")
-        total += float(losses[alive].sum(dtype=torch.float64))
-        count += int(alive.sum())
-    return total, count
+    return float(nats_of_each(model, features, prompts, transcripts).sum()), sum(map(len, transcripts))
 
 
-@torch.no_grad()
 def negative_log_likelihood_at_once(model, features, prompts, transcripts):
     """The same in one pass of the decoder, for prompts of one length and caches that keep every token."""
-    start, lengths = len(prompts[0]), [len(transcript) for transcript in transcripts]
-    assert all(len(prompt) == start for prompt in prompts)
-    tokens = torch.full((len(prompts), start + max(lengths)), model.generation_config.eos_token_id)
-    for row, (prompt, transcript) in enumerate(zip(prompts, transcripts)):
-        tokens[row, : start + len(transcript)] = torch.tensor(prompt + transcript)
-    output = model(encoder_outputs=model.get_encoder()(features), decoder_input_ids=tokens[:, :-1], use_cache=True)
-    alive = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
-    logits = output.logits[:, start - 1 :][alive].float()  # [tokens, vocabulary]: summed exactly along the last only
-    losses = torch.nn.functional.cross_entropy(logits, tokens[:, start:][alive], reduction="none")
-    return float(losses.sum(dtype=torch.float64)), sum(lengths)
-
-
-LOOP = (
-    "its text compresses more than 2.4 times (zlib, Whisper's own threshold), "
-    "or four or more words stand three times in a row"
-)
+    return float(nats_of_each_at_once(model, features, prompts, transcripts).sum()), sum(map(len, transcripts))
 
 
 def loops(text):
     """Whether a transcript has got stuck, see LOOP."""
-    data = text.encode()
-    words = " ".join(normalized(text).split()) + " "
-    return len(data) > 2.4 * len(zlib.compress(data)) or bool(re.search(r"(?:^| )((?:\S+ ){4,}?)\1\1", words))
+    return evaluation.loops(text, normalized)
 
 
 def generate(model, features, **options):

@@ -12,16 +12,13 @@ import torch
 from tqdm import tqdm
 
 from whisperkv import prune
-from whisperkv.audio import RATE, read_audio
 from whisperkv.evaluation import exact_match, interval, normalized, read, word_errors
 from whisperkv.prune.loading import inputs_of, load
 
 
 def answered(model, processor, sample, prompt, ways, tokens):
     """{way: (text, share of the bytes)} of each (pruner, budget, seed)"""
-    samples = read_audio(sample.audio)
-    samples = samples[round(sample.begin * RATE) : None if sample.end is None else round(sample.end * RATE)]
-    inputs = inputs_of(processor, samples, sample.question or prompt).to(model.device, dtype=model.dtype)
+    inputs = inputs_of(processor, sample.samples(), sample.question or prompt).to(model.device, dtype=model.dtype)
     tokenizer, found = getattr(processor, "tokenizer", processor), {}
     for name, budget, seed in ways:
         settings = {"seed": seed} if name == "random" else {}

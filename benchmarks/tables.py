@@ -13,6 +13,7 @@ from device import driver
 from models import REAL
 
 import whisperkv.ops
+from whisperkv.evaluation.results import table
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -95,8 +96,5 @@ class Table:
             file.write(json.dumps(row) + "\n")
 
     def __str__(self):
-        cells = [[heading for heading, _ in self.columns.values()], ["---"] * len(self.columns)]
-        for row in self.rows:
-            values = ((row.get(key), form) for key, (_, form) in self.columns.items())
-            cells.append(["-" if value is None else format(value, form) for value, form in values])
-        return "\n".join(f"| {' | '.join(line)} |" for line in cells)
+        headings, forms = zip(*self.columns.values())
+        return table(headings, [[row.get(key) for key in self.columns] for row in self.rows], forms)

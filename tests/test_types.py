@@ -37,6 +37,9 @@ reveal_type(CrossConfig().is_latent)  # bool"
 reveal_type(whisperkv.demo_audio()[1])  # str"
 model, processor = whisperkv.load_ctranslate2("folder")
 model, processor = whisperkv.demo_model()
+with whisperkv.trace(whisper) as recorded:
+    reveal_type(recorded.attention(layer=0))  # numpy.float
+reveal_type(whisperkv.plot.size(3))  # str"
 kept = simulate_eviction(np.ones((3, 2, 3)), EvictionConfig(policy=lambda scores, *rest: scores))
 reveal_type(kept)  # numpy.bool
 reveal_type(attention_kept([[[1.0]]], kept))  # numpy.float

@@ -15,6 +15,8 @@ _HOME = {
     "patch": "patching",
     "unpatch": "patching",
     "stats": "patching",
+    "trace": "tracing",
+    "plot": "evaluation",
     "load_ctranslate2": "ctranslate2",
     "demo_model": "demo",
     "demo_audio": "demo",
@@ -27,11 +29,13 @@ if TYPE_CHECKING:  # the same for type checkers and editors, which do not follow
     from .ctranslate2 import load_ctranslate2 as load_ctranslate2
     from .demo import demo_audio as demo_audio
     from .demo import demo_model as demo_model
+    from .evaluation import plot as plot
     from .patching import patch as patch
     from .patching import stats as stats
     from .patching import unpatch as unpatch
     from .simulate import attention_kept as attention_kept
     from .simulate import simulate_eviction as simulate_eviction
+    from .tracing import trace as trace
     from .voice import listen as listen
 else:
 

@@ -26,7 +26,9 @@ def simulate_eviction(attention: ArrayLike, config: EvictionConfig, keys: ArrayL
     is scaled back to a sum of 1, exactly as softmax over the tokens kept would have given it. The prompt's own
     attention is not known: its tokens enter one by one with a score of 0.
 
-        # `attention` as recorded with generate(..., output_attentions=True), one layer
+        with whisperkv.trace(model) as recorded:
+            model.generate(features)
+        attention = recorded.attention(layer=0)
         for heavy in (0, 16, 32, 64):
             config = EvictionConfig(recent=32, heavy=heavy)
             share = attention_kept(attention, simulate_eviction(attention, config))

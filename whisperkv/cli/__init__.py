@@ -4,7 +4,7 @@ of the library and prints. Results go to stdout or to files, all else to stderr.
 import importlib
 import sys
 
-COMMANDS = ()  # names of the files, in the order of `whisperkv --help`
+COMMANDS = ("compare", "tune")  # names of the files, in the order of `whisperkv --help`
 
 
 def main():

@@ -1,27 +1,14 @@
 """Data sets as they lie in folders. Each reader yields Samples, and names the file that is missing or broken."""
 
-import json
 from collections.abc import Iterator
-from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
 
+from .manifests import MANIFESTS, from_dataset, manifest
+from .samples import AUDIO, Sample, read_json, recording, reference
+
 PUNCTUATION = {"<COMMA>": ",", "<PERIOD>": ".", "<QUESTIONMARK>": "?", "<EXCLAMATIONPOINT>": "!"}  # of GigaSpeech
 NO_SPEECH = ("<SIL>", "<MUSIC>", "<NOISE>", "<OTHER>")
-AUDIO = (".flac", ".wav", ".mp3", ".ogg", ".opus")
-
-
-@dataclass(frozen=True)
-class Sample:
-    """A recording, or a part of it, and what is said or answered."""
-
-    name: str
-    audio: Path
-    text: str = ""  # what is said
-    question: str = ""  # what is asked about it
-    answers: tuple[str, ...] = ()  # any of which is right
-    begin: float = 0.0  # seconds
-    end: float | None = None
 
 
 def librispeech(folder: str | PathLike[str]) -> Iterator[Sample]:
@@ -31,10 +18,11 @@ def librispeech(folder: str | PathLike[str]) -> Iterator[Sample]:
     if not found:
         raise FileNotFoundError(f"{folder}: no *.trans.txt in it, as LibriSpeech has them")
     for lines in found:
-        for line in lines.read_text().splitlines():
+        for number, line in enumerate(lines.read_text().splitlines(), 1):
             name, _, text = line.strip().partition(" ")
             if name:
-                yield Sample(name, _audio(lines.parent / name, lines), text.strip())
+                said = reference(text, f"{lines}, line {number}")
+                yield Sample(name, recording(lines.parent / name, lines), said)
 
 
 def gigaspeech(path: str | PathLike[str], subset: str = "") -> Iterator[Sample]:
@@ -44,7 +32,7 @@ def gigaspeech(path: str | PathLike[str], subset: str = "") -> Iterator[Sample]:
     path = Path(path)
     path = path / "GigaSpeech.json" if path.is_dir() else path
     wanted = "{" + subset.strip("{}") + "}" if subset else ""
-    for audio in _json(path, path.read_text())["audios"]:
+    for audio in read_json(path, path.read_text())["audios"]:
         for segment in audio["segments"]:
             text = segment["text_tn"]
             if wanted and wanted not in segment.get("subsets", audio.get("subsets", [])):
@@ -54,7 +42,7 @@ def gigaspeech(path: str | PathLike[str], subset: str = "") -> Iterator[Sample]:
             for tag, mark in PUNCTUATION.items():
                 text = text.replace(f" {tag}", mark).replace(tag, mark)
             begin, end = float(segment["begin_time"]), float(segment["end_time"])
-            yield Sample(segment["sid"], _audio(path.parent / audio["path"], path), text, begin=begin, end=end)
+            yield Sample(segment["sid"], recording(path.parent / audio["path"], path), text, begin=begin, end=end)
 
 
 def spoken_qa(manifest: str | PathLike[str]) -> Iterator[Sample]:
@@ -64,28 +52,59 @@ def spoken_qa(manifest: str | PathLike[str]) -> Iterator[Sample]:
     for number, line in enumerate(manifest.read_text().splitlines(), 1):
         if not line.strip():
             continue
-        given = _json(f"{manifest}, line {number}", line)
+        given = read_json(f"{manifest}, line {number}", line)
         for field in ("audio", "question", "answers"):
             if field not in given:
                 raise ValueError(f"{manifest}, line {number}: no {field!r}, which every line must have")
         answers = given["answers"]
         yield Sample(
             str(given.get("id", number)),
-            _audio(manifest.parent / given["audio"], manifest),
+            recording(manifest.parent / given["audio"], manifest),
             given.get("text", ""),
             given["question"],
             (answers,) if isinstance(answers, str) else tuple(answers),
         )
 
 
-def read(path: str | PathLike[str]) -> list[Sample]:
-    """By what is there: GigaSpeech.json, a manifest of JSON lines, or a folder as LibriSpeech's."""
+def recordings(folder: str | PathLike[str]) -> Iterator[Sample]:
+    """A plain folder: every recording in it, in any depth, and what is said where NAME.txt stands beside it."""
+    found = sorted(path for path in _folder(folder).rglob("*") if path.suffix.lower() in AUDIO and path.is_file())
+    if not found:
+        raise FileNotFoundError(f"{folder}: no recording in it ({', '.join(AUDIO)})")
+    for path in found:
+        yield _with_text(path, str(path.relative_to(folder).with_suffix("")))
+
+
+def read(path: object) -> list[Sample]:
+    """By what is there: a recording, a manifest (.tsv, .csv, .jsonl), GigaSpeech.json, a folder as LibriSpeech's or any
+    folder of recordings; or an object of `datasets`."""
+    if not isinstance(path, (str, PathLike)):
+        return list(from_dataset(path))
     path = Path(path)
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such file or folder")
     if path.name == "GigaSpeech.json" or (path.is_dir() and (path / "GigaSpeech.json").is_file()):
         return list(gigaspeech(path))
-    return list(spoken_qa(path) if path.is_file() else librispeech(path))
+    if path.is_dir():
+        return list(librispeech(path) if any(path.rglob("*.trans.txt")) else recordings(path))
+    if path.suffix.lower() not in MANIFESTS:
+        return [_with_text(path, path.stem)]
+    return list(spoken_qa(path) if _asks(path) else manifest(path))
+
+
+def _with_text(path, name):
+    text = path.with_suffix(".txt")
+    return Sample(name, path, reference(text.read_text(), text) if text.is_file() else "")
+
+
+def _asks(path):
+    """Whether a manifest of JSON lines has questions."""
+    if path.suffix.lower() not in (".jsonl", ".json"):
+        return False
+    with open(path) as lines:
+        first = next((line for line in lines if line.strip()), "{}")
+    given = read_json(f"{path}, line 1", first)
+    return isinstance(given, dict) and bool({"question", "answers"} & given.keys())
 
 
 def _folder(path):
@@ -93,18 +112,3 @@ def _folder(path):
     if not path.is_dir():
         raise FileNotFoundError(f"{path}: no such folder")
     return path
-
-
-def _audio(path, named_by):
-    """The recording of that path, with an ending of its own or any of AUDIO."""
-    for each in (path, *(Path(f"{path}{ending}") for ending in AUDIO)):
-        if each.is_file():
-            return each
-    raise FileNotFoundError(f"{path}: no such recording, though {named_by} names it")
-
-
-def _json(place, text):
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{place}: this is no JSON ({error})") from error
