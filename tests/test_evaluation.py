@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from whisperkv.audio import read_audio
+from whisperkv.transcription.audio import read_audio
 from whisperkv.evaluation import (
     exact_match,
     gigaspeech,

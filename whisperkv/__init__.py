@@ -18,6 +18,7 @@ _HOME = {
     "load_ctranslate2": "ctranslate2",
     "demo_model": "demo",
     "demo_audio": "demo",
+    "transcribe": "transcription.transcribing",
 }
 __all__ = sorted(_HOME)
 
@@ -32,6 +33,7 @@ if TYPE_CHECKING:  # the same for type checkers and editors, which do not follow
     from .patching import unpatch as unpatch
     from .simulate import attention_kept as attention_kept
     from .simulate import simulate_eviction as simulate_eviction
+    from .transcription.transcribing import transcribe as transcribe
     from .voice import listen as listen
 else:
 

