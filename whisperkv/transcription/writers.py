@@ -1,4 +1,4 @@
-"""Files of a transcript, field by field as openai-whisper writes them. A format is one class and one line of WRITERS."""
+"""Files of a transcript, field by field as openai-whisper writes them. A format is one class and a line of WRITERS."""
 
 import json
 import os
