@@ -9,14 +9,22 @@ COMMANDS = ("transcribe", "bench", "info", "prune")  # names of the files, in th
 
 def main():
     try:
-        import typer
+        app = application()
     except ImportError as error:
         sys.exit(f"whisperkv: {error.name} is not installed: pip install whisperkv[cli]")
+    app()
+
+
+def application():
+    """The command with all that COMMANDS names."""
+    import typer
+
     app = typer.Typer(
         help="Transcribe with Whisper, fast and in little memory.",
         no_args_is_help=True,
         add_completion=False,
         pretty_exceptions_enable=False,
+        rich_markup_mode="markdown",
         context_settings={
             "help_option_names": ["-h", "--help"],
             "token_normalize_func": lambda name: name.replace("-", "_"),  # --batch-size is --batch_size
@@ -25,4 +33,4 @@ def main():
     for name in COMMANDS:
         command = importlib.import_module(f".{name}", __name__)
         app.command(name, **getattr(command, "SETTINGS", {}))(getattr(command, name))
-    app()
+    return app

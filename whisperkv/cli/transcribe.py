@@ -10,130 +10,90 @@ from .progress import Progress
 SETTINGS = {"cls": Forgiving}
 
 
+def _panel(title):
+    """An option of that part of the help: its names, what it says, and what its default means."""
+
+    def option(*names, default=True, **given):
+        help, *names = names[::-1]
+        return typer.Option(*names[::-1], help=help, rich_help_panel=title, show_default=default, **given)
+
+    return option
+
+
+_file, _speech, _text = _panel("Input and output"), _panel("What is heard"), _panel("Subtitles")
+_doubt, _fast = _panel("When a text is doubtful"), _panel("Speed and memory")
+_COUNT = {"min": 1, "metavar": "N"}
+
+
 def transcribe(
     audio: Annotated[
         list[str], typer.Argument(help="Recordings, folders of them, or - for standard input.", show_default=False)
     ],
     model: Annotated[
         str,
-        typer.Option(
-            "--model", "-m", help="tiny.en, base, large-v3 ..., a folder (transformers or faster-whisper), or a hub id."
-        ),
+        _file("--model", "-m", "tiny.en, base, large-v3 ..., a folder (transformers or faster-whisper) or a hub id."),
     ] = "tiny.en",
-    device: Annotated[
-        str | None, typer.Option("--device", help="cpu or cuda.", show_default="a GPU if there is one")
-    ] = None,
-    threads: Annotated[
-        int | None, typer.Option("--threads", min=1, help="Of the CPU.", show_default="all cores")
-    ] = None,
     output_dir: Annotated[
         str | None,
-        typer.Option(
-            "--output_dir",
-            "-o",
-            help="Where the files go; - is standard output.",
-            show_default="here; - for standard input",
-        ),
+        _file("--output_dir", "-o", "Where the files go; - is standard output.", default="here; - for standard input"),
     ] = None,
     output_format: Annotated[
         str | None,
-        typer.Option(
-            "--output_format", "-f", help="txt, vtt, srt, tsv, json or all.", show_default="all; txt on standard output"
-        ),
+        _file("--output_format", "-f", "txt, vtt, srt, tsv, json or all.", default="all; txt on standard output"),
     ] = None,
-    skip_existing: Annotated[
-        bool, typer.Option("--skip-existing", help="Leave out recordings whose files are there.")
-    ] = False,
-    language: Annotated[
-        str | None, typer.Option("--language", "-l", help="As de or german.", show_default="heard")
-    ] = None,
-    task: Annotated[str, typer.Option("--task", help="transcribe, or translate into English.")] = "transcribe",
+    skip_existing: Annotated[bool, _file("--skip-existing", "Leave out recordings whose files are there.")] = False,
+    language: Annotated[str | None, _speech("--language", "-l", "As de or german.", default="heard")] = None,
+    task: Annotated[str, _speech("--task", "transcribe, or translate into English.")] = "transcribe",
+    initial_prompt: Annotated[str | None, _speech("--initial_prompt", "Text that sets tone and spelling.")] = None,
     vad: Annotated[
-        bool,
-        typer.Option(
-            "--vad/--no_vad",
-            help="Find the speech with Silero and decode it in batches, or go on from window to window.",
-        ),
+        bool, _speech("--vad/--no_vad", "Find the speech (Silero) and decode it in batches, or window after window.")
     ] = True,
-    batch_size: Annotated[int, typer.Option("--batch_size", min=1, help="Windows decoded together.")] = 8,
-    beam_size: Annotated[int, typer.Option("--beam_size", min=1, help="1 is greedy.")] = 1,
-    temperature: Annotated[float, typer.Option("--temperature", help="0 takes the likeliest words.")] = 0.0,
+    condition_on_previous_text: Annotated[
+        bool, _speech("--condition_on_previous_text", "With --no_vad: each window continues the text before it.")
+    ] = False,
+    word_timestamps: Annotated[bool, _speech("--word_timestamps", "When each word was said.")] = False,
+    max_line_width: Annotated[int | None, _text("--max_line_width", "Characters of a line.", **_COUNT)] = None,
+    max_line_count: Annotated[int | None, _text("--max_line_count", "Lines of a subtitle.", **_COUNT)] = None,
+    max_words_per_line: Annotated[int | None, _text("--max_words_per_line", "Words of a line.", **_COUNT)] = None,
+    highlight_words: Annotated[bool, _text("--highlight_words", "Underline each word as it is spoken.")] = False,
+    temperature: Annotated[float, _doubt("--temperature", "Of the first attempt; 0 takes the likeliest words.")] = 0.0,
     temperature_increment_on_fallback: Annotated[
-        float,
-        typer.Option(
-            "--temperature_increment_on_fallback",
-            help="By how much it rises when a text repeats itself or is unsure; 0: never.",
-        ),
+        float, _doubt("--temperature_increment_on_fallback", "By how much it rises with each attempt; 0: one only.")
     ] = 0.2,
     compression_ratio_threshold: Annotated[
-        float,
-        typer.Option(
-            "--compression_ratio_threshold", help="A text that zlib makes so many times shorter repeats itself."
-        ),
+        float, _doubt("--compression_ratio_threshold", "Doubtful: a text that zlib makes so many times shorter.")
     ] = 2.4,
     logprob_threshold: Annotated[
-        float,
-        typer.Option(
-            "--logprob_threshold", help="A text whose tokens have a lower log probability on average is unsure."
-        ),
+        float, _doubt("--logprob_threshold", "Doubtful: tokens of a lower log probability on average.")
     ] = -1.0,
     no_speech_threshold: Annotated[
-        float,
-        typer.Option("--no_speech_threshold", help="An unsure text is left out if silence is likelier than this."),
+        float, _doubt("--no_speech_threshold", "A doubtful text is left out where silence is likelier than this.")
     ] = 0.6,
-    initial_prompt: Annotated[
-        str | None, typer.Option("--initial_prompt", help="Text that sets tone and spelling.")
-    ] = None,
-    condition_on_previous_text: Annotated[
-        bool,
-        typer.Option(
-            "--condition_on_previous_text/--no_condition_on_previous_text",
-            help="With --no_vad: each window continues the text before it.",
-        ),
-    ] = False,
-    word_timestamps: Annotated[
-        bool, typer.Option("--word_timestamps/--no_word_timestamps", help="When each word was said.")
-    ] = False,
-    max_line_width: Annotated[
-        int | None, typer.Option("--max_line_width", min=1, help="Characters of a line of vtt and srt.")
-    ] = None,
-    max_line_count: Annotated[int | None, typer.Option("--max_line_count", min=1, help="Lines of a subtitle.")] = None,
-    max_words_per_line: Annotated[
-        int | None, typer.Option("--max_words_per_line", min=1, help="Words of a line.")
-    ] = None,
-    highlight_words: Annotated[
-        bool, typer.Option("--highlight_words/--no_highlight_words", help="Underline each word as it is spoken.")
-    ] = False,
-    lossless: Annotated[
-        bool, typer.Option("--lossless", help="Nothing that changes a word: patch(model) alone.")
-    ] = False,
-    weights: Annotated[
-        str | None, typer.Option("--weights", help="model, bfloat16 or int8.", show_default="int8 on a CPU")
-    ] = None,
+    device: Annotated[str | None, _fast("--device", "cpu or cuda.", default="a GPU if there is one")] = None,
+    threads: Annotated[int | None, _fast("--threads", "Of the CPU.", default="all cores", **_COUNT)] = None,
+    batch_size: Annotated[int, _fast("--batch_size", "Windows decoded together.", **_COUNT)] = 8,
+    beam_size: Annotated[int, _fast("--beam_size", "Beams of the search; 1 is greedy.", **_COUNT)] = 1,
+    lossless: Annotated[bool, _fast("--lossless", "Nothing that changes a word: patch(model) alone.")] = False,
+    weights: Annotated[str | None, _fast("--weights", "model, bfloat16 or int8.", default="int8 on a CPU")] = None,
     cross: Annotated[
         str | None,
-        typer.Option(
-            "--cross",
-            help="How the audio is held: model, int8, int4, latent, latent_int8 or latent_int4.",
-            show_default="latent_int8",
+        _fast(
+            "--cross", "The audio's cache: model, int8, int4, latent, latent_int8, latent_int4.", default="latent_int8"
         ),
     ] = None,
-    trim: Annotated[
-        str | None, typer.Option("--trim", help="Frames left out: off, padding or silence.", show_default="padding")
-    ] = None,
+    trim: Annotated[str | None, _fast("--trim", "Frames left out: off, padding, silence.", default="padding")] = None,
     recent: Annotated[
-        int | None, typer.Option("--recent", help="Newest tokens that stay in the cache.", show_default="all")
+        int | None, _fast("--recent", "Newest tokens that stay in the cache.", default="all", **_COUNT)
     ] = None,
-    heavy: Annotated[int | None, typer.Option("--heavy", help="Further tokens that stay.", show_default="0")] = None,
+    heavy: Annotated[int | None, _fast("--heavy", "Further tokens that stay.", default="0", metavar="N")] = None,
     policy: Annotated[
-        str | None,
-        typer.Option("--policy", help="Which: heavy_hitter, magnitude or window.", show_default="heavy_hitter"),
+        str | None, _fast("--policy", "Which: heavy_hitter, magnitude or window.", default="heavy_hitter")
     ] = None,
 ) -> None:
     """Transcribe recordings of any length into txt, vtt, srt, tsv and json.
 
     Each recording's files are written as soon as it is done. After an interruption, the same command with
-    --skip-existing goes on. The exit code is 0 if all went well, 1 if a recording failed, 2 for a wrong option, 130
+    `--skip-existing` goes on. The exit code is 0 if all went well, 1 if a recording failed, 2 for a wrong option, 130
     after Ctrl-C.
     """
     import torch

@@ -18,8 +18,8 @@ def phrases(tokens: list[int], first_time: int, seconds: float) -> tuple[list[Ph
     first_time  the token of 0.00; those that follow are later
     seconds     of audio in the window
 
-    As openai-whisper: two timestamps in a row part phrases. A window that ends with one has nothing after it; text
-    after the last pair is unfinished.
+    As openai-whisper: two timestamps in a row part phrases. A window that ends with one has nothing after it; what
+    comes after the last pair is unfinished, and the next window begins with it.
     """
     is_time = [token >= first_time for token in tokens]
     ends = is_time[-2:] == [False, True]
@@ -41,9 +41,9 @@ def phrases(tokens: list[int], first_time: int, seconds: float) -> tuple[list[Ph
     if ends:
         return found, seconds, False
     rest = tokens[last:]
-    if not any(token < first_time for token in rest):
-        return found, seconds, False
     begin = _seconds(rest[0], first_time, seconds)
+    if not any(token < first_time for token in rest):
+        return found, begin, False
     found.append(Phrase(begin, max(begin, seconds), rest))
     return found, begin, True
 

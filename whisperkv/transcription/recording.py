@@ -18,7 +18,8 @@ from .tape import Tape
 WINDOW = 30 * RATE
 REST = 1.0  # seconds of speech after the last phrase that are worth a window of their own
 COLD = 0.5  # a text that was decoded above this temperature is no prompt
-SHORTEST = RATE // 10
+SHORTEST = RATE // 10  # samples that are worth a window
+LEAST = 0.5  # seconds by which the windows go on
 
 Words = Callable[[list[Phrase]], list[list[Word]]]  # of each phrase, in seconds from the window's beginning
 
@@ -163,10 +164,10 @@ class Sequential(Recording):
     def _kept(self, window, attempt, found, go_on, is_cut):
         """All but the last, where the window cuts it off and another one hears it whole."""
         is_last = not self.tape.reaches(window.begin + len(window.samples) + SHORTEST)
-        if is_cut and go_on > 0 and not is_last:
-            found = found[:-1]
-        else:
+        if go_on < LEAST or is_cut and is_last:
             go_on = window.seconds
+        elif is_cut:
+            found = found[:-1]
         self._place = window.begin + int(go_on * RATE)
         self._is_open = False
         if self.settings.condition_on_previous_text and attempt.temperature <= COLD:
