@@ -210,7 +210,8 @@ class TestWindows:
     def fake(self, **settings):
         return SimpleNamespace(
             settings=Settings(**settings), languages={}, first_time=self.TIME, prompt_of=lambda text: [7],
-            is_silence=lambda attempt: attempt.no_speech_prob > 0.6, text_of=lambda tokens: f" {[t for t in tokens if t < 100]}",
+            is_silence=lambda attempt: attempt.no_speech_prob > 0.6,
+            text_of=lambda tokens: f" {[token for token in tokens if token < 100]}",
         )  # fmt: skip
 
     def attempt(self, *said, no_speech=0.0, temperature=0.0):
@@ -247,7 +248,11 @@ class TestWindows:
         recording = Sequential(0, "", self.tape(90), self.fake(condition_on_previous_text=True))
         windows, segments = self.heard(
             recording,
-            [self.attempt(0.0, 1, 30.0, temperature=0.8), self.attempt(0.0, 2, 30.0), self.attempt(0.0, 3, no_speech=0.9)],
+            [
+                self.attempt(0.0, 1, 30.0, temperature=0.8),
+                self.attempt(0.0, 2, 30.0),
+                self.attempt(0.0, 3, no_speech=0.9),
+            ],
         )
         assert [prompt for *_, prompt in windows] == [[], [], [100, 2, 1600]]
         assert segments == [(0, 30, "[1]"), (30, 60, "[2]")]

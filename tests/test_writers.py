@@ -40,15 +40,12 @@ def drawn(seed, with_words=True, start=0.0):
         now += draw.choice([0, 0.004, 0.5, 4.2])
         for _ in range(draw.randrange(1, 25)):
             end = now + draw.choice([0, 0.123, 0.38, 1.1])
-            text = draw.choice([" a", " fishing", " boat,", " über", " -->", "日本", " x\ty", " incomprehensibilities."])
+            text = draw.choice([" a", " fishing", " boat,", " über", " -->", "日本", " x\ty", " irreproachably."])
             words.append(Word(round(now, 3), round(end, 3), text, draw.random()))
             now = end + draw.choice([0, 0, 0.01, 3.5])
         text = "".join(word.word for word in words)
-        found.append(
-            Segment(
-                number, 0, words[0].start, words[-1].end, text, [1, 2], 0.0, -0.3, 1.2, 0.01, words if with_words else None
-            )
-        )
+        said = words if with_words else None
+        found.append(Segment(number, 0, words[0].start, words[-1].end, text, [1, 2], 0.0, -0.3, 1.2, 0.01, said))
     return transcript(found)
 
 
@@ -90,7 +87,8 @@ def test_words_in_every_layout(theirs, kind):
 def test_layouts_differ():
     """What is compared above is not all alike."""
     given = drawn(3)
-    found = {written("srt", given, Layout(*options)) for options in ((), (16, 2), (None, None, 2), (None, None, None, True))}
+    layouts = (Layout(), Layout(16, 2), Layout(max_words_per_line=2), Layout(highlight_words=True))
+    found = {written("srt", given, layout) for layout in layouts}
     assert len(found) == 4
 
 

@@ -61,8 +61,10 @@ class Aligner:
 
     @torch.no_grad()
     def _weights(self, states, start, tokens, frames):
-        """The attention of the alignment heads, [heads, tokens + 1, frames], and the tokens' probabilities. Where a token
-        is said is looked at when it is foretold, at the one before it; the last is the end token's."""
+        """The attention of the alignment heads, [heads, tokens + 1, frames], and the tokens' probabilities.
+
+        Where a token is said is looked at when it is foretold, at the one before it; the last is the end token's.
+        """
         model, device = self.decoder.model, states.device
         heard = states[None, :frames]
         ids = torch.tensor([[*start, *tokens, self.decoder.config.eos_token_id]], device=device)

@@ -1,6 +1,7 @@
 """Which recordings are to be transcribed into which files, and doing it: each file is written as soon as it can be."""
 
 import sys
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from os import PathLike
@@ -36,19 +37,16 @@ def plan(audios: Iterable[str | PathLike[str]], output_dir: str | PathLike[str])
     found = list(dict.fromkeys(found))
     if str(output_dir) == STDOUT:
         return [Job(source, None) for source, _ in found]
-    if [source for source, _ in found].count(STDIN) > 1:
-        raise ValueError("standard input (-) can be given once only")
-    short = [
-        Path(output_dir, place).with_suffix("") if place.suffix in ENDINGS else Path(output_dir, place)
-        for _, place in found
-    ]
-    stems = [Path(output_dir, place) if short.count(stem) > 1 else stem for stem, (_, place) in zip(short, found)]
+    whole = [Path(output_dir, place) for _, place in found]
+    short = [path.with_suffix("") if path.suffix.lower() in ENDINGS else path for path in whole]
+    counts = Counter(short)
+    stems = [path if counts[stem] > 1 else stem for path, stem in zip(whole, short)]
+    first: dict[Path, str] = {}
     for stem, (source, _) in zip(stems, found):
-        if stems.count(stem) > 1:
-            other = next(name for (name, _), its in zip(found, stems) if its == stem and name != source)
+        if first.setdefault(stem, source) != source:
             raise ValueError(
-                f"{source} and {other} would be written to the same {stem}.*: name the folder that holds both, or run "
-                "them one after the other with another output_dir"
+                f"{first[stem]} and {source} would be written to the same {stem}.*: name the folder that holds both, "
+                "or run them one after the other with another output_dir"
             )
     return [Job(source, stem) for (source, _), stem in zip(found, stems)]
 
