@@ -48,11 +48,8 @@ class Silero:
             weight, bias = self._weights[f"{name}.weight"], self._weights[f"{name}.bias"].flatten()
             x = nn.functional.conv1d(x, weight, bias, stride=stride, padding=1).relu()
         x, self._state = self._rnn(x[..., 0], self._state)
-        out = (
-            self._weights["_model.decoder.decoder.2.weight"].view(1, 128),
-            self._weights["_model.decoder.decoder.2.bias"],
-        )
-        found: list[float] = nn.functional.linear(x.relu(), out[0], out[1].flatten()).sigmoid()[:, 0].tolist()
+        weight, bias = (self._weights[f"_model.decoder.decoder.2.{name}"] for name in ("weight", "bias"))
+        found: list[float] = (x.relu() @ weight.flatten() + bias).sigmoid().tolist()
         return found
 
 
