@@ -101,6 +101,7 @@ $(ENGINES)/%:
 $(VENV)/.%: $(SOURCES)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q --disable-pip-version-check -c $(CONSTRAINTS) -e '.[$*]'
+	-test $* != test || $(BIN)/python -m pip install -q --disable-pip-version-check --no-deps openai-whisper  # its writers
 	touch $@
 
 clean:

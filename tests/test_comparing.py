@@ -33,8 +33,8 @@ from whisperkv.evaluation import (
     write_report,
 )
 from whisperkv.evaluation.hearing import windows_of
-from whisperkv.evaluation.models import load_model
 from whisperkv.features import log_mel
+from whisperkv.transcription.loading import load
 
 jiwer, soundfile = pytest.importorskip("jiwer"), pytest.importorskip("soundfile")
 for package in ("typer", "rich", "matplotlib", "jinja2"):
@@ -108,7 +108,7 @@ def test_likelihood(tiny_en, compared, audios):
 
 def test_both_ways_of_forcing(folder):
     """Token by token through the cache, and at once."""
-    model, processor = load_model(str(folder))
+    model, processor = load(str(folder))
     features = log_mel([np.ones(16000, np.float32)] * 2, processor)
     start = decoding.start_tokens(model, processor)
     given = [start] * 2, [[1400, 318, 257, 50256], [1400, 50256]]
@@ -117,7 +117,7 @@ def test_both_ways_of_forcing(folder):
 
 
 def test_without_references_the_unpatched_text_counts(folder):
-    random, model = np.random.default_rng(0), load_model(str(folder))
+    random, model = np.random.default_rng(0), load(str(folder))
     silent = [Audio(name, "", [random.standard_normal(16000).astype(np.float32)]) for name in "ab"]
     first, other = compare(model, silent, [SMALL])
     assert first.wer == 0 and first.words == sum(len(normalizer()(file.text).split()) for file in first.files)
@@ -163,7 +163,7 @@ def test_the_report_stands_alone(compared, tmp_path):
 
 
 def test_what_cannot_be_compared(folder):
-    model, audios = load_model(str(folder)), [Audio("a", "", [np.ones(16000, np.float32)])]
+    model, audios = load(str(folder)), [Audio("a", "", [np.ones(16000, np.float32)])]
     with pytest.raises(ValueError, match="setting 'fastest' is named twice"):
         compare(model, audios, ["fastest", "fastest"])
     with pytest.raises(ValueError, match="no recording to compare on"):
@@ -223,7 +223,7 @@ def test_a_child_measures_what_we_do(folder):
     job = children.Job(str(folder), "cpu", noise, parsed("smallest"), Options(threads=1))
     told = []
     apart = children.apart(job, told.append)
-    here = measure(*load_model(str(folder)), noise, parsed("smallest"), Options(threads=1))
+    here = measure(*load(str(folder)), noise, parsed("smallest"), Options(threads=1))
     assert (apart.texts, apart.tokens, apart.nats, apart.held) == (here.texts, here.tokens, here.nats, here.held)
     assert told == [1, 1] and apart.peak >= apart.before > 1e8
 
@@ -276,7 +276,7 @@ def test_what_was_done_before_an_interruption_is_kept(command, folder, noises, t
         settings.append(job.setting.name)
         if len(settings) == 3:
             raise KeyboardInterrupt
-        return measure(*load_model(job.model), job.audios, job.setting, job.options, job.given, on_window)
+        return measure(*load(job.model), job.audios, job.setting, job.options, job.given, on_window)
 
     monkeypatch.setattr(comparing, "apart", interrupted)
     out = tmp_path / "report.html"

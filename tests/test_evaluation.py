@@ -5,7 +5,6 @@ import json
 import numpy as np
 import pytest
 
-from whisperkv.audio import read_audio
 from whisperkv.evaluation import (
     exact_match,
     from_dataset,
@@ -22,6 +21,7 @@ from whisperkv.evaluation import (
     word_diff,
     word_errors,
 )
+from whisperkv.transcription.audio import read_audio
 
 soundfile = pytest.importorskip("soundfile")
 

@@ -20,6 +20,7 @@ _HOME = {
     "load_ctranslate2": "ctranslate2",
     "demo_model": "demo",
     "demo_audio": "demo",
+    "transcribe": "transcription.transcribing",
 }
 __all__ = sorted(_HOME)
 
@@ -36,6 +37,7 @@ if TYPE_CHECKING:  # the same for type checkers and editors, which do not follow
     from .simulate import attention_kept as attention_kept
     from .simulate import simulate_eviction as simulate_eviction
     from .tracing import trace as trace
+    from .transcription.transcribing import transcribe as transcribe
     from .voice import listen as listen
 else:
 

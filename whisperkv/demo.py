@@ -12,11 +12,11 @@ import torch
 from numpy.typing import NDArray
 from transformers import WhisperForConditionalGeneration, WhisperProcessor
 
-from .audio import RATE, read_audio
 from .config import CrossConfig, EvictionConfig
 from .ctranslate2 import load_ctranslate2
 from .features import log_mel
 from .patching import patch, stats, unpatch
+from .transcription.audio import RATE, read_audio
 
 WINDOW = 30  # seconds that Whisper hears at once
 ROUNDS, PATIENCE = 4, 60  # the best of so many; only two of them once so many seconds have passed

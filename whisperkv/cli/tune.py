@@ -53,13 +53,12 @@ def tune(
 
         from ..evaluation import Options, plot
         from ..evaluation import tune as tuned
-        from ..evaluation.models import load_model
         from ..evaluation.results import between, table
+        from ..transcription.loading import load
 
         logging.set_verbosity_error()
         audios, bad = audios_of(audio, count)
-        whisper, processor = load_model(model)
-        whisper.to(device)
+        whisper, processor = load(model, device)
         with progress() as steps:
             found = tuned(
                 whisper, processor, audios, within_wer, within_nll, goal.value, settings,

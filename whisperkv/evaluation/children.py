@@ -9,9 +9,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..transcription.loading import load
 from .hearing import Audio
 from .measuring import Measured, Options, measure
-from .models import load_model
 from .settings import Setting
 
 
@@ -75,8 +75,7 @@ def main() -> None:
 
     job = pickle.load(sys.stdin.buffer)
     try:
-        model, processor = load_model(job.model)
-        model.to(job.device)
+        model, processor = load(job.model, job.device)
         say(
             "measured",
             measure(

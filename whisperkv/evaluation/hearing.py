@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from ..audio import RATE
+from ..transcription.audio import RATE
 from .samples import Sample
 
 WINDOW = 30  # seconds that Whisper hears at once

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from ..audio import RATE, read_audio
+from ..transcription.audio import RATE, read_audio
 from .samples import Sample, read_json, recording, reference
 
 MANIFESTS = (".tsv", ".csv", ".jsonl", ".json")

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from ..audio import RATE, read_audio
+from ..transcription.audio import RATE, read_audio
 
 AUDIO = (".flac", ".wav", ".mp3", ".ogg", ".opus")
 

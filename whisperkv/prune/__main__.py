@@ -9,15 +9,15 @@ from ast import literal_eval
 import torch
 import transformers
 
-from ..audio import RATE, read_audio
+from ..transcription.audio import RATE, read_audio
 from . import apply, names, stats
 from .base import check_budget
 from .loading import inputs_of, load
 from .pruners import pruner_of, streaming
 
 
-def main(arguments=None):
-    parser = argparse.ArgumentParser(prog="python -m whisperkv.prune", description=__doc__.split(": ", 1)[1])
+def main(arguments=None, prog="python -m whisperkv.prune"):
+    parser = argparse.ArgumentParser(prog=prog, description=__doc__.split(": ", 1)[1])
     parser.add_argument("--model", required=True, help="folder or hub id of a speech LLM")
     parser.add_argument("--audio", required=True, nargs="+", help="WAV, FLAC, OGG or MP3, of any length")
     parser.add_argument("--prompt", default="Transcribe the audio.", help="what is asked of it (default: %(default)s)")

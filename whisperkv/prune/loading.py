@@ -2,7 +2,7 @@
 
 import transformers
 
-from ..audio import RATE
+from ..transcription.audio import RATE
 from .families import family_of
 
 

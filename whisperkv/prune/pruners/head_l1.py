@@ -13,7 +13,7 @@ class HeadL1(BasePruner):
     all that read it.
 
     tokens  a pruner, by name or as it was made, that chooses among the audio of the heads that stay. budget is then
-            what it is to that pruner, of those heads; without, the share of heads that keep their audio, or their number
+            what it is to that pruner, of those heads; without, the share of heads that keep audio, or their number
     heads   with tokens, the share of heads that keep audio, or their number
     """
 

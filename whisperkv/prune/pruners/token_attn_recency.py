@@ -8,8 +8,8 @@ from ..base import BasePruner
 
 @dataclass
 class TokenAttnRecency(BasePruner):
-    """Audio tokens that the prompt has dwelt on, and late ones. All layers and heads keep the same: what one head says of
-    a token is little, and what all of them say together is much.
+    """Audio tokens that the prompt has dwelt on, and late ones. All layers and heads keep the same: what one head says
+    of a token is little, and what all of them say together is much.
 
     recency  from 0 to 1: how much less the attention to the first token counts than that to the last
     """

@@ -1,0 +1,44 @@
+"""whisperkv bench."""
+
+import sys
+from typing import Annotated
+
+import typer
+
+
+def bench(
+    audio: Annotated[
+        str | None, typer.Argument(help="A recording of any length.", show_default="a clip of 29 s")
+    ] = None,
+    model: Annotated[
+        str, typer.Option("--model", "-m", help="A name, folder or hub id, as of transcribe.")
+    ] = "tiny.en",
+    beam_size: Annotated[int, typer.Option("--beam_size", min=1, help="1 is greedy.")] = 5,
+    threads: Annotated[
+        int | None, typer.Option("--threads", min=1, help="Of the CPU.", show_default="all cores")
+    ] = None,
+) -> None:
+    """Measure this machine: transformers alone beside whisperkv, lossless, fastest and smallest, the same recording."""
+    import torch
+    import transformers
+
+    from .. import demo
+    from ..transcription.audio import RATE, read_audio
+    from ..transcription.loading import load
+    from .info import processor_name
+
+    if threads is not None:
+        torch.set_num_threads(threads)
+    transformers.logging.set_verbosity_error()
+    try:
+        samples = read_audio(audio) if audio else demo.demo_audio()[0]
+        whisper, processor = load(model, "cpu")
+    except (ImportError, OSError, ValueError) as error:
+        typer.echo(f"whisperkv bench: {error}", err=True)
+        raise typer.Exit(2)
+    best = demo.compare(whisper, processor, samples, beam_size)
+    versions = f"torch {torch.__version__}, transformers {transformers.__version__}"
+    print(f"{processor_name()}, {torch.get_num_threads()} thread(s), {versions}")
+    print(f"{audio or 'the demo clip'}: {len(samples) / RATE:.1f} s of audio; {model}, {beam_size} beam(s)\n")
+    print(demo.table(best))
+    sys.stdout.flush()
