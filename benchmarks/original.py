@@ -24,7 +24,7 @@ SETTINGS = {
     "recent=32,heavy=16": "heavy 32+16",
 }
 COLUMNS = {
-    "model": ("model", ""), "cache": ("cache", ""), "self": ("self cache, MB", ".2f"),
+    "model": ("model", ""), "cache": ("cache", ""), "own": ("self cache, MB", ".2f"),
     "smaller": ("of transformers'", ".2f"), "both": ("both caches, MB", ".1f"), "peak": ("peak memory, MB", ".0f"),
     "wer": ("WER %", ".2f"), "low": ("difference from", "+.2f"), "high": ("to", "+.2f"), "nll": ("NLL", ".4f"),
     "loops": ("loops", "d"), "rtfx": ("RTFx", ".1f"),
@@ -36,7 +36,7 @@ def rows(results):
         low, high = each.wer_difference_interval or (None, None)
         yield {
             "cache": SETTINGS[each.setting],
-            "self": each.self_bytes / 1e6,
+            "own": each.self_bytes / 1e6,
             "smaller": each.self_bytes / each.self_bytes_transformers,
             "both": each.cache_bytes / 1e6,
             "peak": each.peak_memory / 1e6,

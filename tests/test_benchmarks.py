@@ -202,3 +202,29 @@ def test_plot(bench, tmp_path):
     engines_plot.draw(rows, tmp_path / "two.svg")
     text = (tmp_path / "one.svg").read_text()
     assert "whisperkv int8" in text and "4.00" in text and text == (tmp_path / "two.svg").read_text()
+
+
+def test_the_first_table(bench, tmp_path, monkeypatch, capsys):
+    """A row a setting, in a file and on the screen; what is measured is made up."""
+    import original
+
+    from whisperkv.evaluation import Result
+
+    def made_up(model, audios, settings, options, on_setting, on_window):
+        assert model == "tiny.en" and [audio.text for audio in audios] == ["some words"] and options.repeat == 2
+        for name in ("unpatched", *settings):
+            on_setting(name)
+            given = {field: 4 for field in Result.__dataclass_fields__}
+            given |= {"setting": name, "wer_difference_interval": (-1, 2), "signatures": {"wer": "WER|made:up"}}
+            given |= {"files": [], "self_bytes": 2 * 10**6, "self_bytes_transformers": 8 * 10**6}
+            yield Result(**given)
+
+    speech = original.audio.Speech("a", numpy.zeros(RATE, numpy.float32), "some words")
+    monkeypatch.setattr(original.audio, "windows", lambda data, most: [speech])
+    monkeypatch.setattr(original.evaluation, "compare", lambda *given: list(made_up(*given)), raising=False)
+    monkeypatch.setattr(original.tables, "pin", lambda args: None)
+    arguments = ["--models", "tiny.en", "--repeat", "2", "--results", str(tmp_path)]
+    original.main(original.arguments().parse_args(arguments))
+    said = capsys.readouterr().out
+    assert "| tiny.en | heavy 64+32 | 2.00 | 0.25 |" in said and said.count("| tiny.en |") == 5
+    assert "    WER|made:up" in said and len((tmp_path / "original.jsonl").read_text().splitlines()) == 6

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from whisperkv.evaluation import Audio, tune, tuning
+from whisperkv.evaluation import Audio, metrics, tune, tuning
 from whisperkv.evaluation.measuring import CACHES, Measured
 
 pytest.importorskip("jiwer")
@@ -47,6 +47,7 @@ def made_up(monkeypatch):
 
     World.heard = []
     monkeypatch.setattr(tuning, "measure", World.measure)
+    monkeypatch.setattr(metrics, "ROUNDS", 1000)
     return World
 
 

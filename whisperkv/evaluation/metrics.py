@@ -1,5 +1,6 @@
 """Pure functions from texts to numbers."""
 
+import functools
 import re
 import zlib
 from collections.abc import Callable, Mapping, Sequence
@@ -36,12 +37,17 @@ def normalized(text: str) -> str:
 
 def normalizer(language: str = "en", spellings: Mapping[str, str] | None = None) -> Callable[[str], str]:
     """Whisper's own: that of English, with a table of British and American spellings if there is one, or that of all
-    other languages."""
+    other languages. It remembers the last texts, as settings mostly write the same."""
+    return _normalizer(language, tuple(sorted((spellings or {}).items())))
+
+
+@functools.lru_cache(maxsize=4)
+def _normalizer(language, spellings):
     from transformers.models.whisper.english_normalizer import BasicTextNormalizer, EnglishTextNormalizer
 
-    if language == "en":
-        return EnglishTextNormalizer(dict(spellings or {}))
-    return BasicTextNormalizer(split_letters=language in LETTERS)
+    is_english = language == "en"
+    made = EnglishTextNormalizer(dict(spellings)) if is_english else BasicTextNormalizer(False, language in LETTERS)
+    return functools.lru_cache(maxsize=10_000)(made)
 
 
 def exact_match(text: str, answers: Sequence[str]) -> bool:
