@@ -166,6 +166,7 @@ class Decoder:
             found = GenerationMixin.generate(
                 self.model,
                 encoder_outputs=BaseModelOutput(last_hidden_state=states),
+                attention_mask=torch.ones(states.shape[:2], dtype=torch.long, device=states.device),  # all of it
                 decoder_input_ids=ids,
                 max_length=min(length + MOST, self.model.config.max_target_positions),
                 logits_processor=LogitsProcessorList([times, likelihoods]),
