@@ -41,7 +41,7 @@ def cuts(tape: Tape) -> Iterator[Cut]:
     last = 0
     for window, following in _windows(stretches):
         if not window:
-            tape.forget((following - PAD) * CHUNK)
+            tape.forget(((following or 0) - PAD) * CHUNK)
             continue
         begin, end = max(window[0][0] - PAD, last), window[-1][1] + PAD
         if following is not None:  # no two windows overlap
