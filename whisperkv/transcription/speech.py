@@ -17,7 +17,6 @@ LONGEST = int(30 * SECOND)  # of a window
 CLOSES = int(0.3 * SECOND)  # silence that ends a stretch of speech
 LEAST = 3  # of speech; less is a click
 PAD = int(0.3 * SECOND)  # what is around speech is heard with it
-APART = int(3 * SECOND)  # a longer pause begins another window
 
 Stretch = tuple[int, int]
 
@@ -42,7 +41,7 @@ def cuts(tape: Tape) -> Iterator[Cut]:
     last = 0
     for window, following in _windows(stretches):
         if not window:
-            tape.forget((following - PAD) * CHUNK)
+            tape.forget(((following or 0) - PAD) * CHUNK)
             continue
         begin, end = max(window[0][0] - PAD, last), window[-1][1] + PAD
         if following is not None:  # no two windows overlap
@@ -102,7 +101,7 @@ def _windows(stretches: Iterable[Stretch]) -> Iterator[tuple[list[Stretch], int 
             window = []
             yield window, begin
             continue
-        if window and (end - window[0][0] > LONGEST - 2 * PAD or begin - window[-1][1] > APART):
+        if window and end - window[0][0] > LONGEST - 2 * PAD:
             yield window, begin
             window = []
         window.append((begin, end))

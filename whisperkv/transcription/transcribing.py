@@ -93,9 +93,13 @@ class Options(TypedDict, total=False):
 
 
 @overload
-def transcribe(audio: Audio, *, stream: Literal[False] = False, **given: Unpack[Options]) -> Transcript: ...
+def transcribe(  # type: ignore[overload-overlap]  # a str is a sequence of str too, and a path here
+    audio: Audio, *, stream: Literal[False] = False, **given: Unpack[Options]
+) -> Transcript: ...
 @overload
-def transcribe(audio: Audio, *, stream: Literal[True], **given: Unpack[Options]) -> Iterator[Segment]: ...
+def transcribe(  # type: ignore[overload-overlap]
+    audio: Audio, *, stream: Literal[True], **given: Unpack[Options]
+) -> Iterator[Segment]: ...
 @overload
 def transcribe(
     audio: Sequence[Audio], *, stream: Literal[False] = False, **given: Unpack[Options]

@@ -7,7 +7,7 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar, NamedTuple, TextIO
+from typing import IO, ClassVar, NamedTuple
 
 from .results import Segment, Transcript, Word
 
@@ -52,7 +52,7 @@ class Txt:
 
     extension: ClassVar[str] = "txt"
 
-    def write(self, transcript: Transcript, file: TextIO, layout: Layout = Layout()) -> None:
+    def write(self, transcript: Transcript, file: IO[str], layout: Layout = Layout()) -> None:
         for segment in transcript.segments:
             print(segment.text.strip(), file=file)
 
@@ -62,7 +62,7 @@ class Vtt:
 
     extension: ClassVar[str] = "vtt"
 
-    def write(self, transcript: Transcript, file: TextIO, layout: Layout = Layout()) -> None:
+    def write(self, transcript: Transcript, file: IO[str], layout: Layout = Layout()) -> None:
         print("WEBVTT\n", file=file)
         for cue in cues(transcript, layout):
             print(f"{clock(cue.start)} --> {clock(cue.end)}\n{cue.text}\n", file=file)
@@ -73,7 +73,7 @@ class Srt:
 
     extension: ClassVar[str] = "srt"
 
-    def write(self, transcript: Transcript, file: TextIO, layout: Layout = Layout()) -> None:
+    def write(self, transcript: Transcript, file: IO[str], layout: Layout = Layout()) -> None:
         for number, cue in enumerate(cues(transcript, layout), 1):
             start, end = (clock(seconds, hours=True, point=",") for seconds in cue[:2])
             print(f"{number}\n{start} --> {end}\n{cue.text}\n", file=file)
@@ -84,7 +84,7 @@ class Tsv:
 
     extension: ClassVar[str] = "tsv"
 
-    def write(self, transcript: Transcript, file: TextIO, layout: Layout = Layout()) -> None:
+    def write(self, transcript: Transcript, file: IO[str], layout: Layout = Layout()) -> None:
         print("start", "end", "text", sep="\t", file=file)
         for segment in transcript.segments:
             times = (round(1000 * seconds) for seconds in (segment.start, segment.end))
@@ -96,7 +96,7 @@ class Json:
 
     extension: ClassVar[str] = "json"
 
-    def write(self, transcript: Transcript, file: TextIO, layout: Layout = Layout()) -> None:
+    def write(self, transcript: Transcript, file: IO[str], layout: Layout = Layout()) -> None:
         json.dump(transcript.to_dict(), file)
 
 
