@@ -231,7 +231,7 @@ def test_a_child_measures_what_we_do(folder):
 def test_a_child_that_fails(folder, monkeypatch, tmp_path):
     noise = [Audio("noise", "", [np.ones(16000, np.float32)])]
     job = children.Job("no/such/folder", "cpu", noise, parsed("lossless"), Options())
-    with pytest.raises(FileNotFoundError, match="no/such/folder: no such model; pass one of tiny.en, base"):
+    with pytest.raises(FileNotFoundError, match="model 'no/such/folder': no such folder, and none of tiny"):
         children.apart(job)
     script = tmp_path / "python"
     script.write_text("#!/bin/sh\necho out of luck >&2\nexit 7\n")

@@ -70,7 +70,7 @@ def _loaded(name, dtype):
         except ImportError:
             pass  # the hub has them too
         return _from_transformers(name, f"openai/whisper-{size}", dtype)
-    if "/" not in name or name.startswith((".", "/")):
+    if name.count("/") != 1 or name.startswith((".", "/", "~")):
         raise FileNotFoundError(f"model {name!r}: no such folder, and none of {', '.join(SIZES)}; or pass a hub id")
     return _from_transformers(name, name, dtype)
 
