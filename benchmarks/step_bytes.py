@@ -1,7 +1,7 @@
 """A greedy step of the decoder, output head included, beside the time that the bytes it reads take.
 
-Bytes are those of the matrices, biases and both caches; the bandwidth is that of a plain read of 512 MB (torch's sum) by
-as many threads, between the steps, so that whoever else disturbs the machine disturbs both. All settings take turns.
+Bytes are those of the matrices, biases and both caches; the bandwidth is that of a plain read of 512 MB (torch's sum)
+by as many threads, between the steps, so that whoever else disturbs the machine disturbs both. All settings take turns.
 """
 
 from statistics import median

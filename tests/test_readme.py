@@ -71,7 +71,8 @@ def test_tutorial(names):
     assert type(names["model"].model.decoder.layers[0].self_attn).__name__ == "WhisperAttention"
 
 
-def test_budget(names):
+def test_budget(names, quick_start):
+    names["features"] = quick_start[0]["features"]
     formats, shares = blocks("docs/how-to/budget.md")
     run(formats, names, "formats")
     names["model"].generate(names["features"], max_new_tokens=5)

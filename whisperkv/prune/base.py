@@ -72,7 +72,9 @@ class BasePruner:
         count = kept_of(exists.sum(-1), budget)
         return places(exists & (ranks(scores) < count[..., None]))
 
-    def apply(self, k: torch.Tensor, v: torch.Tensor, kept_idx: torch.Tensor) -> "Kept | tuple[torch.Tensor, torch.Tensor]":
+    def apply(
+        self, k: torch.Tensor, v: torch.Tensor, kept_idx: torch.Tensor
+    ) -> Kept | tuple[torch.Tensor, torch.Tensor]:
         """What the cache holds of them: a Kept, or (keys, values). As it is: the tokens chosen, unchanged. Rows that
         are given together have as many audio tokens."""
         return Kept(take(k, kept_idx), take(v, kept_idx))

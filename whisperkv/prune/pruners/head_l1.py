@@ -12,8 +12,9 @@ class HeadL1(BasePruner):
     """Whole heads: those that look at the audio least keep none of it. Under GQA that is a head of keys and values with
     all that read it.
 
-    tokens  a pruner, by name or as it was made, that chooses among the audio of the heads that stay. budget is then
-            what it is to that pruner, of those heads; without, the share of heads that keep their audio, or their number
+    tokens  a pruner, by name or as it was made, that chooses among the audio of the heads that stay. budget is
+            then what it is to that pruner, of those heads; without, the share of heads that keep their audio, or their
+            number
     heads   with tokens, the share of heads that keep audio, or their number
     """
 
