@@ -15,7 +15,7 @@ from .pruners import pruner_of, streaming
 from .records import PruneStats
 from .running import Run, running
 
-_APPLIED = weakref.WeakKeyDictionary()  # of a model: its Pruning
+_APPLIED: weakref.WeakKeyDictionary[Any, "Pruning"] = weakref.WeakKeyDictionary()
 
 PIECE = 512  # tokens of a prompt that are read at once, with stream=True
 
