@@ -42,7 +42,7 @@ def test_it_runs(file, tmp_path, monkeypatch):
     nbformat.validate(notebook)
     wanted = shown(notebook.cells)
     done = nbclient.NotebookClient(
-        notebook, timeout=120, kernel_name="python3", resources={"metadata": {"path": str(tmp_path)}}
+        notebook, timeout=600, kernel_name="python3", resources={"metadata": {"path": str(tmp_path)}}
     ).execute()
     code = [cell for cell in done.cells if cell.cell_type == "code"]
     for cell in code:

@@ -12,7 +12,7 @@ from speech_models import make
 import whisperkv
 
 RATE = 16000
-ELSEWHERE = {"docs/prune.md"}  # test_prune_docs.py
+ELSEWHERE = {"docs/prune.md", "docs/evaluation.md", "docs/lowrank.md", "docs/lowrank-whisper.md"}  # by their own tests
 
 
 @pytest.fixture(scope="module")
@@ -151,6 +151,16 @@ def test_faster_whisper(names, folder):
     segments = run(transcribing(calls), names, "calls").splitlines()
     start, end, _ = segments[0].split(maxsplit=2)
     assert 0 <= float(start) < float(end) and len(set(said) & set(words(" ".join(segments)))) > 10
+
+
+def test_transcribe(names, folder):
+    soundfile = pytest.importorskip("soundfile")
+    page = Path(__file__).parents[1] / "docs" / "transcribe.md"
+    if not page.exists():
+        pytest.skip("docs/transcribe.md is not here")
+    for name in ("talk.mp3", "a.mp3", "b.mp3"):
+        soundfile.write(name, names["samples"], RATE)
+    assert "quiet morning" in "".join(run_page("docs/transcribe.md", names))
 
 
 @pytest.mark.parametrize("page", ["openai-whisper", "whisperx"])
