@@ -9,14 +9,14 @@ SOURCES := $(shell find csrc -name '*.[ch]' -o -name '*.cu') setup.py pyproject.
 BIN := $(VENV)/bin
 
 .PHONY: demo test test-floor sanitize sanitize-cuda ptx gpu gpu-ready gpu-tests gpu-ops gpu-steps gpu-generate gpu-memory \
-	gpu-sanitize bench engines clean
+	gpu-sanitize bench engines lint coverage docs docs-serve wheels clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python -m whisperkv.demo $(AUDIO)
 
 # JOBS=1 for one test at a time. Kernels for one GPU and PTX are enough to test that they compile.
 JOBS ?= 2
-demo test bench sanitize sanitize-cuda: export WHISPERKV_ARCHS ?= 80
+demo test coverage docs bench sanitize sanitize-cuda: export WHISPERKV_ARCHS ?= 80
 test: $(VENV)/.test
 	$(BIN)/python -m pytest -q -n $(JOBS) --dist worksteal $(TESTS)
 
@@ -97,7 +97,39 @@ $(ENGINES)/%:
 	-$@-making/bin/python -m pip uninstall -q -y torchvision  # built for another torch, and not needed
 	mv $@-making $@
 
-# One stamp an extra: demo, test, bench. The package is installed in place, so Python changes need no new install.
+# What CI checks beside the tests. Of the C, the lines that were changed since a commit (SINCE): older tables are aligned
+# by hand. The formatters' versions stand in constraints.txt, as each formats differently.
+LINT := .venv-lint
+LINTERS := ruff mypy clang-format check-manifest numpy
+SINCE ?= HEAD
+lint: $(LINT)/.ready
+	$(LINT)/bin/ruff check .
+	$(LINT)/bin/ruff format --check .
+	$(LINT)/bin/mypy
+	$(LINT)/bin/check-manifest
+	$(LINT)/bin/git-clang-format --binary $(LINT)/bin/clang-format --diff --extensions c,h,cu,cpp $(SINCE)
+
+$(LINT)/.ready: Makefile $(CONSTRAINTS)
+	$(PYTHON) -m venv $(LINT)
+	$(LINT)/bin/python -m pip install -q --disable-pip-version-check -c $(CONSTRAINTS) $(LINTERS)
+	touch $@
+
+# The tests, and which lines of whisperkv/ they run: a table, and htmlcov/index.html.
+coverage: $(VENV)/.dev
+	$(BIN)/python -m pytest -q -n $(JOBS) --dist worksteal --cov --cov-report=term --cov-report=html $(TESTS)
+
+# The site, in site/. A link that leads nowhere is an error.
+docs: $(VENV)/.docs
+	$(BIN)/mkdocs build -q --strict
+
+docs-serve: $(VENV)/.docs
+	$(BIN)/mkdocs serve
+
+# sdist and wheel in dist/, the repaired wheel in dist/manylinux/, checked and tried in environments of their own.
+wheels:
+	PYTHON=$(PYTHON) CONSTRAINTS=$(CONSTRAINTS) sh .ci/wheels
+
+# One stamp an extra: demo, test, bench, docs, dev. The package is installed in place, so Python changes need no new install.
 $(VENV)/.%: $(SOURCES)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q --disable-pip-version-check -c $(CONSTRAINTS) -e '.[$*]'
@@ -105,4 +137,4 @@ $(VENV)/.%: $(SOURCES)
 	touch $@
 
 clean:
-	rm -rf build dist *.egg-info whisperkv/*.so .venv .venv-floor .venv-engines
+	rm -rf build dist site htmlcov .coverage* *.egg-info whisperkv/*.so .venv .venv-floor .venv-engines .venv-lint .venv-wheels

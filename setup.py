@@ -28,7 +28,8 @@ CFLAGS_OF_USER = os.environ.get("WHISPERKV_CFLAGS", "").split()
 CFLAGS += CFLAGS_OF_USER
 LDFLAGS = os.environ.get("WHISPERKV_LDFLAGS", "").split()
 
-KERNELS = [f"csrc/cpu/{name}.c" for name in ("self", "cross", "pack", "frames", "linear", "ragged", "received", "choose")]
+ON_EVERY_ISA = ("self", "cross", "pack", "frames", "linear", "ragged", "received", "choose")
+KERNELS = [f"csrc/cpu/{name}.c" for name in ON_EVERY_ISA]
 CUDA_KERNELS = [f"csrc/cuda/{name}.cu" for name in ("self", "cross", "pack", "prune")]
 CUDA_PROBE = "csrc/cuda/probe.cu"
 ARCHS = ("80", "89", "90", "100", "120")

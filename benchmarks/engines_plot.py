@@ -15,21 +15,28 @@ PARTS = ("mel", "encoder", "decoder")
 LABELS = ("log-mel", "encoder", "decoder and search")
 
 
-def read(path):
+def read(path, kind="engine"):
+    """The rows that say which engine, or which of another kind, they are of."""
     rows = [json.loads(line) for line in Path(path).read_text().splitlines()]
-    return [row for row in rows if "engine" in row]
+    return [row for row in rows if kind in row]
 
 
-def draw(rows, path):
+def prepared():
+    """pyplot, for pictures that are the same file whenever they are drawn."""
     import matplotlib
 
     matplotlib.use("svg")
     matplotlib.rcParams.update({
         "text.color": GREY, "axes.labelcolor": GREY, "xtick.color": GREY, "ytick.color": GREY, "svg.fonttype": "none",
-        "svg.hashsalt": "whisperkv", "font.size": 9,
+        "axes.edgecolor": GREY, "svg.hashsalt": "whisperkv", "font.size": 9,
     })  # fmt: skip
     from matplotlib import pyplot
 
+    return pyplot
+
+
+def draw(rows, path):
+    pyplot = prepared()
     cases = list(dict.fromkeys((row["model"], row["batch"], row["beams"], row["threads"]) for row in rows))
     groups = [[row for row in rows if case_of(row) == case] for case in cases]
     height = 0.3 + sum(0.7 + 0.24 * len(group) for group in groups)  # inches

@@ -135,7 +135,9 @@ class TestValues:
         got = ops.linear(x, NONE, NONE, ops.pack_matrix(weight, AS_INT8), NONE, NONE, AS_INT8, 9, 0.0, 0)
         assert torch.equal(got, x @ weight.T)
 
-    @pytest.mark.parametrize("of_x, of_weight", [((), ()), ((3, 3, 3, 3), ()), ((), (0, 49, 49)), ((7, 7), (7, 9, 7, 7))])
+    @pytest.mark.parametrize(
+        "of_x, of_weight", [((), ()), ((3, 3, 3, 3), ()), ((), (0, 49, 49)), ((7, 7), (7, 9, 7, 7))]
+    )
     def test_fine_bytes_are_exact(self, of_x, of_weight):
         """So they are where the largest is so many times 127 in units that are entered again so often."""
         draw = torch.Generator().manual_seed(1)

@@ -1,12 +1,12 @@
 """docs/prune.md: its Python runs, its tables are whole, and its example package is found by name."""
 
 import os
-import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from pages import blocks, run
 from speech_models import make
 
 from whisperkv import prune
@@ -17,17 +17,17 @@ DOCS = Path(__file__).parents[1] / "docs"
 TEXT = (DOCS / "prune.md").read_text()
 
 
-def test_every_block_runs(tmp_path, monkeypatch, capsys):
+def test_every_block_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     model, inputs = make("qwen2_audio")
     inputs["input_features"][:, :, 60:110] = 0.0
     names = {"model": model, "inputs": inputs}
-    blocks = re.findall(r"^```python\n(.*?)^```$", TEXT, re.MULTILINE | re.DOTALL)
-    assert len(blocks) == 4
-    for block in blocks:
-        exec(compile(block, "docs/prune.md", "exec"), names)
+    found, printed = blocks("docs/prune.md"), ""
+    assert len(found) == 4
+    for block in found:
+        printed += run(block, names, "docs/prune.md")
         assert names["tokens"].shape[0] == 3
-    assert "audio tokens kept a head" in capsys.readouterr().out
+    assert "audio tokens kept a head" in printed
 
 
 def test_tables_are_whole():

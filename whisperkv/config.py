@@ -14,7 +14,7 @@ class _Config:
     _HINT = ""
 
     def __new__(cls, *args: Any, **given: Any):
-        names = [field.name for field in fields(cls)]
+        names = [field.name for field in fields(cls)]  # type: ignore[arg-type]  # its heirs are dataclasses
         for name in given:
             if name not in names:
                 raise TypeError(f"{cls.__name__} has no {name!r}, it takes {', '.join(names)}{cls._HINT}")

@@ -1,8 +1,12 @@
 """log_mel(): what WhisperFeatureExtractor makes of audio, without the work of the padding that fills up 30 seconds."""
 
+from collections.abc import Sequence
+from typing import Any, Literal, overload
+
 import numpy
 import torch
 import transformers
+from numpy.typing import NDArray
 
 from . import voice
 
@@ -10,7 +14,16 @@ from . import voice
 LEAST = 64
 
 
-def log_mel(audios, extractor, return_columns=False):
+Audios = Sequence[NDArray[numpy.floating]]
+
+
+@overload
+def log_mel(audios: Audios, extractor: Any, return_columns: Literal[False] = False) -> torch.Tensor: ...
+@overload
+def log_mel(audios: Audios, extractor: Any, return_columns: Literal[True]) -> tuple[torch.Tensor, torch.Tensor]: ...
+def log_mel(
+    audios: Audios, extractor: Any, return_columns: bool = False
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """The `input_features` of WhisperFeatureExtractor, float32 [audios, mels, 3000], to the last bit.
 
     audios          a list of float arrays, one audio each: mono, at the extractor's rate, of up to 30 seconds

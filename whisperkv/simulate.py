@@ -66,7 +66,7 @@ def simulate_eviction(attention: ArrayLike, config: EvictionConfig, keys: ArrayL
             weights, slot_keys, cursor, positions, scores, policy, config.budget, config.recent, config.decay
         )
         if own and live == config.budget:
-            worth = config.policy(scores, positions, None if keys is None else slot_keys, None)
+            worth = config.policy(scores, positions, None if keys is None else slot_keys, None)  # type: ignore[operator]
             cursor[SLOT] = _lowest(_checked_worth(worth, config.policy, live), positions[0], token + 1, prompt, config)
     return kept
 

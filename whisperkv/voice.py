@@ -5,7 +5,7 @@ detector heard. Silence is remembered by what a column of features looks like in
 """
 
 import threading
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import transformers
@@ -20,7 +20,7 @@ SLOTS = 1 << 21  # columns remembered, 16 MB; an hour of speech takes a third of
 _lock = threading.Lock()
 _detectors = threading.local()  # a detector carries its state from chunk to chunk, so no two threads share one
 _memory = None  # int64 [SLOTS], once something was heard
-_weights = {}  # of the digest, by (mels, device)
+_weights: dict[Any, torch.Tensor] = {}  # of the digest, by (mels, device)
 
 
 def listen(processor: Processor, on: bool = True) -> Processor:

@@ -1,25 +1,28 @@
 """apply(), remove() and stats(): pruning in a speech LLM that is otherwise left alone."""
 
 import weakref
+from typing import Any
 
 import torch
 from transformers import DynamicCache
 
 from ..compat import CACHE, OLD_CACHE
 from . import attention, prompt
-from .base import check_budget
+from .base import BasePruner, check_budget
 from .families import family_of
 from .layer import PrunedLayer
 from .pruners import pruner_of, streaming
 from .records import PruneStats
 from .running import Run, running
 
-_APPLIED = weakref.WeakKeyDictionary()  # of a model: its Pruning
+_APPLIED: weakref.WeakKeyDictionary[Any, "Pruning"] = weakref.WeakKeyDictionary()
 
 PIECE = 512  # tokens of a prompt that are read at once, with stream=True
 
 
-def apply(model, pruner="merge", budget=0.5, stream=False, **settings):
+def apply(
+    model: Any, pruner: str | BasePruner = "merge", budget: float | int = 0.5, stream: bool = False, **settings: Any
+) -> "Pruning":
     """Let a speech LLM drop part of the audio from its cache as soon as it has read the prompt.
 
     model     one of the families of whisperkv.prune.families, from transformers
@@ -46,14 +49,14 @@ def apply(model, pruner="merge", budget=0.5, stream=False, **settings):
     return pruning
 
 
-def remove(model):
+def remove(model: Any) -> None:
     """Make the model what it was before apply(). One that has no pruner is left alone."""
     pruning = _of(model)
     if pruning is not None:
         pruning.remove()
 
 
-def stats(model) -> PruneStats:
+def stats(model: Any) -> PruneStats:
     """The cache of the last prompt that held audio."""
     pruning = _of(model)
     if pruning is None:

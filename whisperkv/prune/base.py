@@ -54,7 +54,7 @@ class BasePruner:
     streams: ClassVar[bool] = False
     every: ClassVar[int] = 8
 
-    def score(self, k, v, attn_weights, meta):
+    def score(self, k: torch.Tensor, v: torch.Tensor, attn_weights: torch.Tensor | None, meta: Meta) -> torch.Tensor:
         """A number for each audio token and head, the higher the longer it stays: float32 [rows, kv_heads, audio].
 
         k, v          keys and values of the audio tokens, [rows, kv_heads, audio, dim]
@@ -65,7 +65,7 @@ class BasePruner:
             f"{type(self).__name__} must say how it scores tokens: score(k, v, attn_weights, meta)"
         )
 
-    def select(self, scores, budget):
+    def select(self, scores: torch.Tensor, budget: float | int) -> torch.Tensor:
         """The tokens that stay, ascending: int64 [rows, kv_heads, kept], -1 behind the last of a head that keeps fewer.
 
         Tokens that a row lacks have a score of -inf and never stay."""
@@ -73,7 +73,9 @@ class BasePruner:
         count = kept_of(exists.sum(-1), budget)
         return places(exists & (ranks(scores) < count[..., None]))
 
-    def apply(self, k, v, kept_idx):
+    def apply(
+        self, k: torch.Tensor, v: torch.Tensor, kept_idx: torch.Tensor
+    ) -> Kept | tuple[torch.Tensor, torch.Tensor]:
         """What the cache holds of them: a Kept, or (keys, values). As it is: the tokens chosen, unchanged. Rows that
         are given together have as many audio tokens."""
         return Kept(take(k, kept_idx), take(v, kept_idx))
