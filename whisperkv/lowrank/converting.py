@@ -6,8 +6,9 @@ from typing import Any
 
 import torch
 
-from . import calibrating, calibration, factorize, installing
-from .architectures import architecture_of, base
+from . import calibrating, factorize, installing
+from .architectures import architecture_of
+from .calibration import collect, token_rows
 from .codes import check_bits
 from .record import METHODS, SHARES, Latents, LowRank, record_of
 
@@ -43,12 +44,13 @@ def convert_to_mla(
 
     model_or_path            a causal language model of transformers, or its folder
     compression_ratio        how many times fewer numbers a token takes; 1 keeps everything
-    compression_method       "separate": a latent for keys and one for values; "joint": one for both; "decoupled_rope": the
-                             same, and only the pairs that need it are rotated; "xkv": across the layers of a group;
-                             "auto": "joint" where each query head has its own keys, "xkv" where heads share them
+    compression_method       "separate": a latent for keys and one for values; "joint": one for both; "decoupled_rope":
+                             the same, and only the pairs that need it are rotated; "xkv": across the layers of a
+                             group; "auto": "joint" where each query head has its own keys, "xkv" where heads share them
     d_latent                 numbers of a token in a layer, keys and values together, in place of a ratio
     use_calibration          whether to read a text: what layers are given, ask and write decides what stays
-    calibration              that text: a list of texts or of token ids, a `datasets` object, a file; some old prose ships
+    calibration              that text: a list of texts or of token ids, a `datasets` object, a file; a little ships
+    num_calibration_samples  rows of it that are read, of max_calibration_length tokens at most
     store_original_weights   keep the projections that are taken out, for restore() and for training
     cross_layer_group_size   layers in a group of "xkv"
     xkv_skip_early_layers    so many of the first layers stay out of the groups, each with latents of its own
@@ -65,8 +67,9 @@ def convert_to_mla(
     attentions, rotary = kind.attentions(model), kind.rotary(model)
     heads, kv_heads, dim = kind.heads(attentions[0])
     hidden = kind.projections(attentions[0])[0][0].shape[1]
-    for attention in attentions:
-        base.plain_all(kind, attention)
+    for attention in attentions:  # those that are not plain raise
+        kind.projections(attention)
+        kind.output(attention)
     method = compression_method if compression_method != "auto" else "joint" if heads == kv_heads else "xkv"
     turned = _turned(kind, method, rotary, attentions[0], rope_pairs, dim)
     full = 2 * kv_heads * dim
@@ -78,9 +81,9 @@ def convert_to_mla(
     seen = {}
     if use_calibration:
         tokenizer = tokenizer or _tokenizer_of(model)
-        rows = calibration_rows(calibration, tokenizer, num_calibration_samples, max_calibration_length)
+        rows = token_rows(calibration, tokenizer, num_calibration_samples, max_calibration_length)
         say(f"reading {sum(map(len, rows))} tokens of calibration text")
-        seen = _collect(model, kind, rows, layers)
+        seen = collect(model, kind, rows, calibrating.groups_of(layers))
     say(f"{len(layers)} layers: {method}, {width} numbers a token in place of {full}")
     record = LowRank(kind.model_type, method, 1.0, layers, xkv_share if method == "xkv" else "", use_calibration)
     with torch.no_grad():
@@ -100,9 +103,6 @@ def convert_to_mla(
         model.to(device)
     say(repr(record))
     return model, tokenizer
-
-
-calibration_rows = calibration.token_rows
 
 
 def restore(model: Any) -> Any:
@@ -192,12 +192,12 @@ def _turned(kind, method, rotary, attention, pairs, dim):
         return None
     if rotary is None:
         raise ValueError(
-            f"compression_method='decoupled_rope' is for rotary positions, which {kind.model_type} has none of: take 'joint'"
+            f"compression_method='decoupled_rope' is for rotary positions; {kind.model_type} has none: take 'joint'"
         )
     if kind.key_norm(attention) is not None:
         raise ValueError(
-            f"compression_method='decoupled_rope' cannot be: {kind.model_type} normalizes keys, so all of a key must be "
-            "rebuilt: take 'joint', 'separate' or 'xkv'"
+            f"compression_method='decoupled_rope' cannot be: {kind.model_type} normalizes keys, so all of a key must "
+            "be rebuilt: take 'joint', 'separate' or 'xkv'"
         )
     pairs = dim // 4 if pairs is None else pairs
     if isinstance(pairs, bool) or not isinstance(pairs, int) or not 1 <= pairs <= dim // 2:
@@ -242,10 +242,6 @@ def _plan(kind, attentions, method, width, hidden, size, early, keep, share):
             else:
                 layers[number] = Latents("separate", width // 2, width - width // 2, group, positions_in=where)
     return layers
-
-
-def _collect(model, kind, rows, layers):
-    return calibration.collect(model, kind, rows, calibrating.groups_of(layers))
 
 
 def _fill(kind, attentions, rotary, seen, layers, turned, width):

@@ -73,8 +73,8 @@ def turnings(rotary, dim, turns):
 
 
 def key_metric(architecture, attention, rotary, queries, moment, turns):
-    """[kv_heads * head_dim] squared: an error e of a key costs e' metric e, the square of the error of a logit, the mean
-    over heads."""
+    """[kv_heads * head_dim] squared: an error e of a key costs e' metric e, the square of the error of a logit, as the
+    mean over heads."""
     heads, kv_heads, dim = architecture.heads(attention)
     turning = turnings(rotary, dim, turns).to(queries.device)
     asked = torch.einsum("nij,hik,nkl->hjl", turning, queries, turning) / len(turning)

@@ -59,16 +59,18 @@ def load_mla_model(folder: Any, device: Any = None) -> tuple[Any, Any]:
     tensors = _read_tensors(folder / WEIGHTS)
     config = AutoConfig.from_pretrained(folder)
     if config.model_type != of.architecture:
-        raise ValueError(f"{folder} does not fit together: {RECORD} is of {of.architecture}, config.json of another model")
+        raise ValueError(f"{folder} does not fit together: {RECORD} is of {of.architecture}, config.json of another")
     model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, given["dtype"])).eval()
-    taken = installing.install(model, of, installing.factors_of(architecture(of.architecture),
-                               architecture(of.architecture).attentions(model), of.layers))  # fmt: skip
+    kind = architecture(of.architecture)
+    taken = installing.install(model, of, installing.factors_of(kind, kind.attentions(model), of.layers))
     expected = model.state_dict()
     missing = sorted(set(expected) - set(tensors) - set(given["same"]))
     other = [name for name in tensors if name not in expected or expected[name].shape != tensors[name].shape]
     if missing or other:
-        raise ValueError(f"{folder / WEIGHTS} does not fit its {RECORD}: {(missing + other)[0]} is missing or of another "
-                         "shape. Save the model again")  # fmt: skip
+        raise ValueError(
+            f"{folder / WEIGHTS} does not fit its {RECORD}: {(missing + other)[0]} is missing or of another shape. Save "
+            "the model again"
+        )
     model.load_state_dict({**tensors, **{name: tensors[whose] for name, whose in given["same"].items()}})
     model.tie_weights()
     if given["restorable"]:
@@ -96,8 +98,10 @@ def _read_record(folder):
     except ValueError as error:
         raise ValueError(f"{folder / RECORD} is truncated or damaged: save the model again") from error
     if not isinstance(given, dict) or given.get("format") != FORMAT or given.get("architecture") not in names():
-        raise ValueError(f"{folder / RECORD} was written by another version, or for a model that is not known here: there "
-                         f"are {', '.join(names())}")  # fmt: skip
+        raise ValueError(
+            f"{folder / RECORD} was written by another version, or for a model that is not known here: there are "
+            f"{', '.join(names())}"
+        )
     return given
 
 

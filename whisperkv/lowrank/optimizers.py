@@ -55,7 +55,8 @@ class AdamW:
 
     def __init__(self, matrices, euclidean_lr, riemannian_lr):
         self.matrices, self.steps = matrices, 0
-        groups = [{"params": matrices.euclidean, "lr": euclidean_lr}, {"params": matrices.orthonormal, "lr": riemannian_lr}]
+        pairs = (matrices.euclidean, euclidean_lr), (matrices.orthonormal, riemannian_lr)
+        groups = [{"params": params, "lr": rate} for params, rate in pairs]
         self.parts = [torch.optim.AdamW(groups, weight_decay=0.0)]
 
     def step(self):

@@ -12,8 +12,8 @@ BITS = (8, 4, 3, 2)
 class Latents:
     """How one layer holds its tokens.
 
-    kind    "separate": a latent for keys and one for values; "joint": one for both; "shared": one for keys and values of
-            all layers of a group
+    kind    "separate": a latent for keys and one for values; "joint": one for both; "shared": one for keys and values
+            of all layers of a group
     keys    numbers of a token's latent from which keys are rebuilt
     values  the same of values; where one latent serves both it is counted in each
     group   the layers that share a basis or a token's latent, this one among them

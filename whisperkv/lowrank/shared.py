@@ -1,7 +1,8 @@
 """Token latents that the layers of a group share.
 
-Each layer of the group adds to a token's latent, which is whole when the last has. Tokens of the pass itself are therefore
-attended by the keys and values that a layer has made of them; all earlier ones by what is rebuilt from their latents.
+Each layer of the group adds to a token's latent, which is whole when the last has. Tokens of the pass itself are
+therefore attended by the keys and values that a layer has made of them; all earlier ones by what is rebuilt from their
+latents.
 """
 
 import contextlib

@@ -21,10 +21,11 @@ class MLATrainer:
 
     euclidean_lr              of the matrices that make latents
     riemannian_lr             of the orthonormal ones, that rebuild
-    use_distillation          learn to say what the model said before: of teacher_model, or of the model itself if it was
-                              converted with store_original_weights=True
-    use_reconstruction_loss   in its place: the likelihood of the text, and keys and values as they were, in the proportion
-                              of 1 - reconstruction_alpha to reconstruction_alpha. With neither, the likelihood alone
+    use_distillation          learn to say what the model said before: of teacher_model, or of the model itself if it
+                              was converted with store_original_weights=True
+    use_reconstruction_loss   in its place: the likelihood of the text, and keys and values as they were, in the
+                              proportion of 1 - reconstruction_alpha to reconstruction_alpha. With neither, the
+                              likelihood alone
     optimizer                 "adamw", with a QR decomposition from time to time, or "riemannian" (geoopt)
     """
 
@@ -60,7 +61,7 @@ class MLATrainer:
                     f"{name} needs what the model was: convert with store_original_weights=True, or pass teacher_model"
                 )
         if model.dtype == torch.float16:
-            raise ValueError("training in float16 loses small steps: convert with dtype=torch.float32 or torch.bfloat16")
+            raise ValueError("training in float16 loses small steps: convert with dtype=torch.float32 or bfloat16")
         self.model, self.tokenizer, self.teacher = model, tokenizer, teacher_model
         self.rates = euclidean_lr, riemannian_lr
         self.distills, self.reconstructs, self.alpha = use_distillation, use_reconstruction_loss, reconstruction_alpha
@@ -85,8 +86,8 @@ class MLATrainer:
 
         dataset      texts, lists of token ids, a `datasets` object or a file
         seed         of the order of the rows
-        checkpoint   a file that is written every checkpoint_every steps. If it is there, training goes on from it, and ends
-                     with the very bits of a run that was not interrupted
+        checkpoint   a file that is written every checkpoint_every steps. If it is there, training goes on from it, and
+                     ends with the very bits of a run that was not interrupted
         """
         for name, value in (("num_epochs", num_epochs), ("batch_size", batch_size), ("max_length", max_length),
                             ("checkpoint_every", checkpoint_every)):  # fmt: skip

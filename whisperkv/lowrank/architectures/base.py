@@ -1,6 +1,5 @@
 """What the conversion asks of a model's architecture."""
 
-import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -57,9 +56,3 @@ def plain(module, name):
         )
     weight = module.weight.detach()
     return weight.T if isinstance(module, Conv1D) else weight, module.bias
-
-
-def plain_all(architecture, attention):
-    """Raise if a projection of an attention is not plain."""
-    architecture.projections(attention)
-    architecture.output(attention)
