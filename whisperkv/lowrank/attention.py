@@ -19,8 +19,8 @@ class LatentAttention:
     keys_values(hidden)   what its own projections make, [rows, tokens, kv_heads * head_dim] each, before any rotation
     finish(output)        of [rows, tokens, heads * head_dim], the output projection
 
-    A conversion adds `latents` (how its tokens are held), `factors`, `kv_heads`, `rotary` (the module that gives cosines
-    and sines of positions, or None) and `turns` (which channels of a head are rotated, or None for all).
+    A conversion adds `latents` (how its tokens are held), `factors`, `kv_heads`, `rotary` (the module that gives
+    cosines and sines of positions, or None) and `turns` (which channels of a head are rotated, or None for all).
     """
 
     key_norm = None  # a module that keys go through, head by head

@@ -140,7 +140,7 @@ def collect(model, architecture, rows, groups):
     for number, moments in seen.items():
         if not all(bool(each.isfinite().all()) for each in (moments.mean, moments.queries) if each is not None):
             raise ValueError(
-                f"layer {number} makes numbers that are not finite of the calibration text: load the model in bfloat16 or "
-                "float32"
+                f"layer {number} makes numbers that are not finite of the calibration text: load the model in bfloat16 "
+                "or float32"
             )
     return seen

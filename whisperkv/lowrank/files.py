@@ -68,8 +68,8 @@ def load_mla_model(folder: Any, device: Any = None) -> tuple[Any, Any]:
     other = [name for name in tensors if name not in expected or expected[name].shape != tensors[name].shape]
     if missing or other:
         raise ValueError(
-            f"{folder / WEIGHTS} does not fit its {RECORD}: {(missing + other)[0]} is missing or of another shape. Save "
-            "the model again"
+            f"{folder / WEIGHTS} does not fit its {RECORD}: {(missing + other)[0]} is missing or of another shape. "
+            "Save the model again"
         )
     model.load_state_dict({**tensors, **{name: tensors[whose] for name, whose in given["same"].items()}})
     model.tie_weights()
