@@ -45,8 +45,9 @@ def byte_tokenizer():
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {letter: number for number, letter in enumerate(letters)}
+    plain = [*range(33, 127), *range(161, 173), *range(174, 256)]  # the others are named by letters from 256 on
+    others = [byte for byte in range(256) if byte not in plain]
+    vocabulary = {chr(byte if byte in plain else 256 + others.index(byte)): byte for byte in range(256)}
     vocabulary |= {"<pad>": 256, "<begin>": 257, "<end>": 258}
     whole = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
     whole.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

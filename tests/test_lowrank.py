@@ -109,9 +109,10 @@ class TestFullRank:
         with torch.no_grad():
             expected, got = (each(**batch, output_attentions=True).attentions for each in (model, small))
         assert len(got) == 4
+        there = batch["attention_mask"].bool()
         for one, other in zip(expected, got):
-            assert torch.allclose(one[batch["attention_mask"].bool()[:, None].expand(one.shape[:3])],
-                                  other[batch["attention_mask"].bool()[:, None].expand(one.shape[:3])], atol=1e-4)  # fmt: skip
+            one, other = (each.transpose(1, 2)[there] for each in (one, other))
+            assert torch.allclose(one, other, atol=1e-4)
 
     @pytest.mark.parametrize("method", ["separate", "xkv"])
     def test_turns_of_a_conversation(self, models, rows, method):
@@ -173,21 +174,6 @@ class TestSmall:
         assert close == (method != "xkv")
         assert not torch.allclose(whole, models["llama_grouped"](input_ids=tokens).logits, atol=1e-2) or method == "xkv"
 
-    def test_text_counts(self, tokenizer):
-        """A layer's error on what it is given is smaller after it was seen."""
-        errors = {}
-        for known in (False, True):
-            model = language_model("llama")
-            for parameter in (each.self_attn.k_proj.weight for each in model.model.layers):
-                parameter.data *= 2
-            given = {"calibration": list(numbers(16, 64))} if known else {"use_calibration": False}
-            small = convert_to_mla(copy.deepcopy(model), 4, "separate", verbose=False, **given)[0]
-            tokens = numbers(8, 64, seed=9)
-            with torch.no_grad():
-                said, meant = (each(input_ids=tokens).logits.log_softmax(-1) for each in (small, model))
-            errors[known] = float((meant.exp() * (meant - said)).sum(-1).mean())
-        assert errors[True] < 0.9 * errors[False]
-
     def test_skipped_layers(self, models, rows):
         small = converted(models["llama"], "xkv", rows, 4.0, xkv_skip_early_layers=1, cross_layer_group_size=2)
         kinds = [(each.kind, each.group) for each in small.lowrank.layers.values()]
@@ -207,7 +193,7 @@ class TestSmall:
             model, 2, calibration=["some text of ours"] * 4, tokenizer=tokenizer, verbose=False
         )
         assert small is model and same is tokenizer
-        texts = [pipeline("text-generation", model=each, tokenizer=tokenizer)("Call me", max_new_tokens=5)
+        texts = [pipeline("text-generation", model=each, tokenizer=tokenizer)("Call me", max_new_tokens=5, do_sample=False)
                  for each in (small, models["gpt2"])]  # fmt: skip
         assert texts[0] == texts[1]  # at half the numbers GPT-2 loses nothing: keys and values are made of one input
 
@@ -364,7 +350,7 @@ class TestRefusals:
     def test_float16(self, rows):
         model = language_model("llama")
         with torch.no_grad():
-            model.model.layers[1].self_attn.k_proj.weight *= 20000
+            model.model.layers[1].self_attn.k_proj.weight *= 5000
         with pytest.raises(ValueError, match="layer 1 reach .* too much for float16: pass dtype=torch.bfloat16"):
             convert_to_mla(model, calibration=list(rows), dtype=torch.float16, verbose=False)
 

@@ -7,6 +7,9 @@ from .architectures import architecture
 from .codes import Codes
 
 
+RIDGE = 1e-4  # of the inputs' variance, in all directions: a text does not show everything
+
+
 def groups_of(layers):
     """{layer: its group, or None where its latents are of its own inputs}"""
     return {number: each.group if each.is_shared else None for number, each in layers.items()}
@@ -24,7 +27,9 @@ class Ground:
             self.mean = torch.zeros(hidden, dtype=torch.float64, device=device)
             self.inputs = torch.eye(hidden, dtype=torch.float64, device=device)
         else:
-            self.mean, self.inputs = seen.mean, seen.covariance
+            self.mean, covariance = seen.mean, seen.covariance
+            unseen = RIDGE * covariance.diagonal().mean() * torch.eye(hidden, dtype=torch.float64, device=device)
+            self.inputs = covariance + unseen
         self.means = tuple(weight @ self.mean for weight in self.weights)
         self.turns = None
         if turned is not None:
@@ -128,9 +133,11 @@ def fill_shared(group, grounds, moment, mean, width):
 
 def shared_moments(grounds, seen):
     """(second moment, mean) of all keys and values of a group; without a text, as if all layers had the same input."""
-    if seen is not None:
-        return seen.covariance, seen.mean
     weight = torch.cat([each for ground in grounds for each in ground.weights])
+    if seen is not None:
+        unseen = torch.block_diag(*(both @ both.T for both in (torch.cat(ground.weights) for ground in grounds)))
+        covariance = seen.covariance
+        return covariance + RIDGE * covariance.trace() / unseen.trace() * unseen, seen.mean
     biases = [bias for ground in grounds for bias in (ground.key_bias, ground.value_bias)]
     zeros = grounds[0].means[0]
     return weight @ weight.T, torch.cat([zeros if bias is None else bias.detach().double() for bias in biases])

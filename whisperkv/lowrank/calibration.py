@@ -53,11 +53,11 @@ def paragraphs(text):
 def token_rows(given, tokenizer, count, length, name="calibration"):
     """At most `count` rows of at most `length` tokens, int64 each; texts are put one behind another to fill rows.
     What is tokens already, lists or tensors of numbers, stays as it is."""
-    texts = texts_of(given)
+    texts, rows = texts_of(given), []
     if texts and not isinstance(texts[0], str):
         rows = [torch.as_tensor(each, dtype=torch.int64).flatten()[:length] for each in texts[:count]]
         rows = [row for row in rows if row.numel() > 1]
-    else:
+    elif texts:
         if tokenizer is None:
             raise ValueError(f"{name} of texts needs a tokenizer: pass tokenizer=, or lists of token ids as {name}")
         stop = getattr(tokenizer, "eos_token_id", None)

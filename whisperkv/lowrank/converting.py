@@ -285,10 +285,11 @@ def _check_float16(made, seen, layers):
     for number, factors in made.items():
         if factors.down.dtype != torch.float16:
             continue
-        largest = float(factors.down.float().abs().max())
+        down = factors.down.detach().float()
+        largest = float(down.abs().max())
         samples = seen[number].samples if seen and number in seen else None
         if samples is not None and not layers[number].is_shared:
-            largest = max(largest, float((samples @ factors.down.float().T).abs().max()))
+            largest = max(largest, float((samples @ down.T).abs().max()))
         if not largest < LARGEST:
             raise ValueError(
                 f"latents of layer {number} reach {largest:.0f}, too much for float16: pass dtype=torch.bfloat16 or "

@@ -9,11 +9,40 @@ import contextlib
 import contextvars
 
 import torch
-from transformers.cache_utils import StaticLayer
+from transformers.cache_utils import CacheLayerMixin, StaticLayer
 
 from .absorbing import by_heads, softmax
 
 _BESIDE = contextvars.ContextVar("latents of a pass before, by the first layer of a group", default=None)
+
+
+class Elsewhere(CacheLayerMixin):
+    """A layer of a cache whose tokens the first layer of its group holds."""
+
+    def __init__(self, first):
+        super().__init__()
+        self.first, self.is_initialized = first, True
+        self.is_sliding, self.is_croppable = first.is_sliding, first.is_croppable
+        self.is_compileable = first.is_compileable
+
+    def get_seq_length(self):
+        return self.first.get_seq_length()
+
+    def get_mask_sizes(self, query_length):
+        return self.first.get_mask_sizes(query_length)
+
+    def get_max_length(self):
+        return -1
+
+    get_max_cache_shape = get_max_length
+
+    def update(self, key_states, value_states, *args, **kwargs):
+        raise RuntimeError("this layer's tokens are in latents that it shares: it takes no keys and values")
+
+    def nothing(self, *args, **kwargs): ...
+
+    lazy_initialization = crop = reset = reorder_cache = offload = prefetch = nothing
+    batch_repeat_interleave = batch_select_indices = nothing
 
 
 class Pass:
@@ -45,7 +74,8 @@ def forward(attention, hidden, query, turning, mask, cache, others):
     now.added = now.added + attention.factors.compress(torch.cat([keys, values], -1))
     if number == group[-1]:
         codes = attention.factors.codes
-        now.held[:, 0, now.slots] = now.added.to(now.held.dtype) if codes is None else codes.encode(now.added)
+        added = now.added.detach()  # no gradient comes back from a later pass
+        now.held[:, 0, now.slots] = added.to(now.held.dtype) if codes is None else codes.encode(added)
         cache.layers[group[0]].of_pass = None
     output, weights = attention.attend(query, past_keys, past_values, mask, **others)
     return attention.finish(output.reshape(*hidden.shape[:2], -1)), weights
@@ -55,8 +85,6 @@ def begin(attention, cache, hidden, position_ids):
     """Make room in the cache for the tokens of a pass: what the last layer of the group will fill."""
     rows, tokens, _ = hidden.shape
     number, codes = attention.layer_idx, attention.factors.codes
-    if torch.is_grad_enabled() and hidden.requires_grad:
-        raise RuntimeError("no gradient passes through latents that layers share in a cache: pass use_cache=False")
     layer = cache.layers[number] if number < len(cache.layers) else None
     is_static = isinstance(layer, StaticLayer)
     if getattr(cache, "offloading", False) or (is_static and layer.is_sliding):
@@ -64,13 +92,18 @@ def begin(attention, cache, hidden, position_ids):
             "layers that share token latents need a cache that stays where it is and is not both static and sliding: "
             "leave out cache_implementation, or convert with xkv_share='bases'"
         )
-    past = layer.get_seq_length() if is_static else 0
+    past = int(layer.get_seq_length()) if is_static else 0
     width = attention.factors.down.shape[0]
     if codes is None:
         stored = hidden.new_zeros(rows, tokens, width)
     else:
         stored = torch.zeros(rows, tokens, codes.bytes, dtype=torch.uint8, device=hidden.device)
     held, positions = attention.store(cache, stored, position_ids)
+    for other in attention.latents.group[1:]:
+        while len(cache.layers) <= other:
+            cache.layers.append(cache.layer_class_to_replicate())
+        if not isinstance(cache.layers[other], Elsewhere):
+            cache.layers[other] = Elsewhere(cache.layers[number])
     seen = held.shape[2]
     begin = past if is_static else seen - tokens
     slots = torch.arange(tokens, device=held.device) + begin
