@@ -193,8 +193,11 @@ class TestSmall:
             model, 2, calibration=["some text of ours"] * 4, tokenizer=tokenizer, verbose=False
         )
         assert small is model and same is tokenizer
-        texts = [pipeline("text-generation", model=each, tokenizer=tokenizer)("Call me", max_new_tokens=5, do_sample=False)
-                 for each in (small, models["gpt2"])]  # fmt: skip
+        greedy = {"max_new_tokens": 5, "do_sample": False}
+        texts = [
+            pipeline("text-generation", model=each, tokenizer=tokenizer)("Call me", **greedy)
+            for each in (small, models["gpt2"])
+        ]
         assert texts[0] == texts[1]  # at half the numbers GPT-2 loses nothing: keys and values are made of one input
 
     def test_shipped_text(self, models, tokenizer, capsys):

@@ -6,7 +6,6 @@ from . import calibration, factorize
 from .architectures import architecture
 from .codes import Codes
 
-
 RIDGE = 1e-4  # of the inputs' variance, in all directions: a text does not show everything
 
 

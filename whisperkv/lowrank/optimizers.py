@@ -95,6 +95,11 @@ class Riemannian(AdamW):
             geoopt.optim.RiemannianAdam(matrices.orthonormal, lr=riemannian_lr),
         ]
 
+    def load_state_dict(self, given):
+        super().load_state_dict(given)
+        for state in self.parts[1].state.values():
+            state["step"] = int(state["step"])  # as geoopt counts; torch makes it a tensor, whose powers are rounded
+
     def finish(self):
         self.matrices.replace(lambda matrix: nn.Parameter(matrix.detach().clone().as_subclass(torch.Tensor)))
         super().finish()
