@@ -1,7 +1,9 @@
 """Language models whose cache holds latents: whisperkv.lowrank."""
 
 import copy
+import re
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -382,3 +384,33 @@ def test_names():
     assert all(getattr(lowrank, name) is not None for name in lowrank.__all__)
     with pytest.raises(AttributeError, match="no attribute 'convert'"):
         lowrank.convert
+
+
+class TestDocs:
+    TEXT = (Path(__file__).parents[1] / "docs" / "lowrank.md").read_text()
+
+    def test_every_block_runs(self, tmp_path, monkeypatch, tokenizer, rows, batch):
+        monkeypatch.chdir(tmp_path)
+        blocks = re.findall(r"^```python\n(.*?)^```$", self.TEXT, re.MULTILINE | re.DOTALL)
+        assert len(blocks) == 5
+        names = {"model": language_model("llama"), "tokenizer": tokenizer}
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            for block in blocks:
+                exec(compile(block, "docs/lowrank.md", "exec"), names)
+        assert names["model"].lowrank.layers[0].widths is not None and len(names["losses"]) == 1
+
+        from transformers import GemmaConfig, GemmaForCausalLM
+
+        sizes = {**MODELS["llama_grouped"][1], "head_dim": 12}
+        model = GemmaForCausalLM(GemmaConfig(**sizes)).eval()
+        small = converted(model, "joint", rows)
+        assert torch.allclose(logits(model, batch), logits(small, batch), atol=1e-4)
+        assert torch.equal(say(model, batch), say(small, batch))
+
+    def test_tables_are_whole(self):
+        from whisperkv.lowrank.architectures import _KNOWN
+        from whisperkv.lowrank.record import METHODS
+
+        assert all(f'"{method}"' in self.TEXT for method in METHODS)
+        assert all(name in self.TEXT.lower().replace("-", "") for name in _KNOWN)

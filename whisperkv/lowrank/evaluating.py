@@ -75,7 +75,6 @@ def _measured(model, sequence_length, batch_size):
     return sum(tensor.numel() * tensor.element_size() for tensor in held)
 
 
-@torch.no_grad()
 def compute_perplexity(
     model: Any, tokenizer: Any, texts: Iterable[Any] | str, max_length: int = 512, batch_size: int = 8,
     stepwise: bool | None = None,
@@ -90,6 +89,11 @@ def compute_perplexity(
     if stepwise is None:
         stepwise = isinstance(of, record.LowRank) and any(each.is_shared for each in of.layers.values())
     rows = sorted(token_rows(texts, tokenizer, ALL, max_length, "texts"), key=len, reverse=True)
+    return _perplexity(model, rows, batch_size, stepwise)
+
+
+@torch.no_grad()
+def _perplexity(model, rows, batch_size, stepwise):
     total, count = 0.0, 0
     for begin in range(0, len(rows), batch_size):
         batch = rows[begin : begin + batch_size]
