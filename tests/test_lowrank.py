@@ -202,6 +202,30 @@ class TestSmall:
         ]
         assert texts[0] == texts[1]  # at half the numbers GPT-2 loses nothing: keys and values are made of one input
 
+    def test_from_a_folder(self, models, tokenizer, tmp_path):
+        """A folder, and a text from each place that it may come from."""
+        models["gpt2"].save_pretrained(tmp_path)
+        tokenizer.save_pretrained(tmp_path)
+        text = "A paragraph.\n\nAnother one, which is longer." * 20
+        (tmp_path / "text.txt").write_text(text)
+
+        class Columns(dict):  # as a Dataset of the library datasets
+            column_names = ["number", "content"]
+
+        texts = text.split("\n\n")
+        settings = {"num_calibration_samples": 4, "max_calibration_length": 64, "verbose": False}
+        made = [
+            convert_to_mla(str(tmp_path), 4, calibration=given, **settings)
+            for given in (texts, str(tmp_path / "text.txt"), Columns(number=[1], content=[*texts, " "]))
+        ]
+        for small, same in made:
+            assert same("a b").input_ids == tokenizer("a b").input_ids
+            first, own = (each.transformer.h[1].attn.factors.down for each in (made[0][0], small))
+            assert torch.equal(first, own) and not small.training
+        with pytest.raises(ValueError, match="must have a column 'text' or 'content'; it has number"):
+            Columns.column_names = ["number"]
+            convert_to_mla(str(tmp_path), calibration=Columns(number=[1]))
+
     def test_shipped_text(self, models, tokenizer, capsys):
         small, _ = convert_to_mla(copy.deepcopy(models["qwen2"]), tokenizer=tokenizer, num_calibration_samples=4)
         said = capsys.readouterr()

@@ -176,11 +176,11 @@ class TestEvaluation:
         ]).sum() / (31 + 19 + 8)  # fmt: skip
         for stepwise in (False, True):
             assert compute_perplexity(plain, None, rows, batch_size=2, stepwise=stepwise) == pytest.approx(
-                float(expected.exp()), rel=1e-4
+                expected, rel=1e-4
             )
         shares = small(plain, "xkv")
         assert compute_perplexity(shares, None, rows) == compute_perplexity(shares, None, rows, stepwise=True)
-        assert compute_perplexity(shares, None, rows, stepwise=False) == pytest.approx(float(expected.exp()), rel=1e-4)
+        assert compute_perplexity(shares, None, rows, stepwise=False) == pytest.approx(expected, rel=1e-4)
 
     def test_samples(self, plain, tokenizer):
         samples = lowrank.generate_samples(plain, tokenizer, ["the small latents", "every"], 8)
@@ -212,6 +212,15 @@ class TestFiles:
                 assert not any(name.startswith("model.layers.1.self_attn.factors.up") for name in file.keys())
         back = lowrank.restore(loaded)
         assert torch.equal(back(input_ids=tokens).logits, plain(input_ids=tokens).logits)
+
+    def test_of_bfloat16(self, plain, tmp_path):
+        model = small(plain, "joint", 2.0, cache_bits=8, dtype=torch.bfloat16)
+        save_mla_model(model, None, tmp_path)
+        loaded, tokenizer = load_mla_model(tmp_path)
+        assert tokenizer is None and loaded.dtype == torch.bfloat16
+        ours, theirs = model.state_dict(), loaded.state_dict()
+        assert {each.dtype for each in ours.values()} == {torch.bfloat16, torch.float32}
+        assert all(torch.equal(ours[name], theirs[name]) and ours[name].dtype == theirs[name].dtype for name in ours)
 
     def test_damage(self, plain, tmp_path):
         with pytest.raises(ValueError, match="holds no converted model"):

@@ -109,7 +109,13 @@ class LatentAttention:
                 raise ValueError(
                     "the cache holds keys and values of before the conversion: begin with a new one, or with none"
                 )
-            layer.lazy_initialization(stored[:, None], positions)  # generate() had it made for keys and values
+            layer.is_initialized = False  # generate() had it made for keys and values
+        while len(cache.layers) <= self.layer_idx:
+            cache.layers.append(cache.layer_class_to_replicate())
+        layer = cache.layers[self.layer_idx]
+        if not layer.is_initialized:
+            layer.lazy_initialization(stored[:, None], positions)
+            layer.values = layer.values.to(positions.dtype)  # some transformers give it the dtype of keys
         held, seen = cache.update(stored[:, None], positions, self.layer_idx)
         if leads:
             cache.layers[self.layer_idx].positions = seen

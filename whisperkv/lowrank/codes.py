@@ -1,5 +1,8 @@
 """Latents as codes of a few bits: static steps for each channel, and more bits where a channel varies more."""
 
+from collections.abc import Iterable
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -116,8 +119,10 @@ def check_bits(bits):
         raise ValueError(f"cache_bits must be {', '.join(map(str, record.BITS))} or None; got {bits!r}")
 
 
-def quantize_latents(model, bits, calibration=None, tokenizer=None, num_calibration_samples=128,
-                     max_calibration_length=512):  # fmt: skip
+def quantize_latents(
+    model: Any, bits: int | None, calibration: Iterable[Any] | str | None = None, tokenizer: Any = None,
+    num_calibration_samples: int = 128, max_calibration_length: int = 512,
+) -> Any:  # fmt: skip
     """Let the cache of a converted model hold codes of `bits` bits a number (8, 4, 3, 2), or its numbers again (None).
 
     Steps are fixed, from a calibration text as convert_to_mla() takes one: call this again after training.

@@ -22,7 +22,7 @@ class Elsewhere(CacheLayerMixin):
     def __init__(self, first):
         super().__init__()
         self.first, self.is_initialized = first, True
-        self.is_sliding, self.is_croppable = first.is_sliding, first.is_croppable
+        self.is_sliding, self.is_croppable = first.is_sliding, getattr(first, "is_croppable", True)
         self.is_compileable = first.is_compileable
 
     def get_seq_length(self):

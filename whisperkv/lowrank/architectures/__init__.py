@@ -1,14 +1,17 @@
 """The models that can be converted: one file each, found by the model type of a config."""
 
 import importlib
+from typing import TypeVar
+
+Kind = TypeVar("Kind", bound=type)
 
 # The file of each; what was registered by others is the class itself.
 _KNOWN = {"gpt2": "gpt2", "llama": "llama", "mistral": "mistral", "qwen2": "qwen2", "qwen3": "qwen3"}
 
 
-def register(architecture):
+def register(architecture: Kind) -> Kind:
     """Let convert_to_mla() know an Architecture of your own, by its model_type. It can stand before a class."""
-    _KNOWN[architecture.model_type] = architecture
+    _KNOWN[getattr(architecture, "model_type")] = architecture
     return architecture
 
 
