@@ -179,10 +179,8 @@ def cross_attention(
     cross_attention_in_bytes. bias: [audios, frames], added to the logits, or empty. Counters are for CUDA alone."""
     rows, tokens, heads, dim = query.shape
     if keys.dtype == torch.uint8:
-        keys, values = (
-            (code * step + low)[..., :dim].float()
-            for code, step, low in (read_codes(keys, key_scales, frames, group), read_codes(values, value_scales, frames, group))
-        )
+        both = [read_codes(*each, frames, group) for each in ((keys, key_scales), (values, value_scales))]
+        keys, values = ((code * step + low)[..., :dim].float() for code, step, low in both)
     frames = keys.shape[2]
     output, weights = torch.zeros_like(query), torch.zeros(rows, heads, tokens, frames)
     for row, audio in enumerate(owner.tolist()):

@@ -82,7 +82,7 @@ class SelfAttention(WhisperAttention):
         latent = torch.nn.functional.linear(hidden_states, low.down, low.down_bias)[:, :, None]
         _refuse_gradients(query, latent)
         by_head = query.flatten(0, 1).transpose(0, 1)  # [heads, rows * tokens, head_dim]
-        asked = (by_head @ low.up[0]).transpose(0, 1).reshape(*shape[:3], low.rank)
+        asked = (by_head @ low.up[0]).transpose(0, 1).contiguous().view(*shape[:3], low.rank)
         wanted = _wants_weights(self, given["output_attentions"])
         output, weights = layer.attend(asked, latent, latent[..., :0], self.scaling, wanted)
         mixed = output.flatten(0, 1).transpose(0, 1) @ low.up[1].transpose(1, 2)

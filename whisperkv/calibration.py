@@ -1,8 +1,8 @@
 """What low-rank caches need to know of a model: read from the file that whisperkv.lowrank.calibrate() writes.
 
-Of the encoder's output, a basis in which its channels are sorted by what they say, and for each number of bits the steps
-of their codes and what these lose. Of the self-attention of each layer, the directions in which a token's keys and values
-vary, the most telling ones first. Any number of bits and any rank comes from the same file.
+Of the encoder's output, a basis in which its channels are sorted by what they say, and for each number of bits the
+steps of their codes and what these lose. Of the self-attention of each layer, the directions in which a token's keys
+and values vary, the most telling ones first. Any number of bits and any rank comes from the same file.
 """
 
 import json

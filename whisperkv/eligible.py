@@ -89,7 +89,8 @@ def check_calibrated(decoder, setting):
                 kind = type(project) if type(project) not in LINEARS else type(project.weight)
                 raise ValueError(
                     f"{setting} needs the plain weights of all k_proj and v_proj, and {name} has a {kind.__module__}."
-                    f"{kind.__name__}: merge the adapter (merge_and_unload()) or leave the decoder out of the quantization"
+                    f"{kind.__name__}: merge the adapter (merge_and_unload()), or leave the decoder out of the "
+                    "quantization"
                 )
 
 

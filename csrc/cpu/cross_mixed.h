@@ -33,7 +33,7 @@ INLINE void unpack_quads(const int bits, const uint8_t *codes, uint8_t *const to
     for (int64_t f = 0; f < WKV_TILE; f += W) unpack_quads(bits, from + f * 4, to + f * 4); \
     break;
 
-INLINE void unpack_block(const struct work *const w, const int64_t first, const int64_t frames) {
+static void unpack_block(const struct work *const w, const int64_t first, const int64_t frames) {
   const float *const bits_of = w->a->key_scales + 2 * w->channels;
   for (int64_t f = 0; f < frames; f += WKV_TILE) {
     const uint8_t *from = w->mixed + (first + f) / WKV_TILE * w->a->tile_bytes;
@@ -50,7 +50,7 @@ INLINE void unpack_block(const struct work *const w, const int64_t first, const 
 }
 
 /* What is unpacked stands for least + step * (code + lift). */
-INLINE void begin_mixed(struct work *const w, const uint8_t *const codes) {
+static void begin_mixed(struct work *const w, const uint8_t *const codes) {
   const float *const step = w->a->key_scales, *const low = step + w->channels, *const bits = low + w->channels;
   for (int64_t d = 0; d < w->channels; d++) {
     w->unpacked_scales[d] = step[d];

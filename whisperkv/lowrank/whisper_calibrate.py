@@ -9,9 +9,9 @@ from typing import Any
 import torch
 
 from ..calibration import KIND, MOST_BITS, VERSION, fingerprint, rank_of, shape_of
-from .whisper_listening import Listening, check_model, windows_of
+from .whisper_listening import FRAMES, Listening, check_model, windows_of
 
-FRAMES = 1 << 16  # of which the steps of codes are found
+MOST = 1 << 16  # frames of which the steps of codes are found
 SIZES = 40  # of steps that are tried
 LEAST = 1e-6  # of the largest cost: below, a direction counts for as much
 
@@ -46,11 +46,12 @@ def calibrate(
     check_model(model)
     if isinstance(keep, bool) or not isinstance(keep, (int, float)) or not 0 < keep <= 0.5:
         raise ValueError(f"keep must be above 0 and up to 0.5, got {keep!r}")
-    windows, path = windows_of(audio), Path(path)
+    seconds = model.config.max_source_positions // FRAMES
+    windows, path = windows_of(audio, seconds), Path(path)
     if not path.parent.is_dir():
         raise ValueError(f"path={str(path)!r}: there is no folder {path.parent}")
     decoder, width = model.get_decoder(), model.config.d_model
-    extractor = WhisperFeatureExtractor(feature_size=model.config.num_mel_bins)
+    extractor = WhisperFeatureExtractor(feature_size=model.config.num_mel_bins, chunk_length=seconds)
     like, training = decoder.embed_tokens.weight, model.training
     listening, frames = Listening(model), Frames(width, len(windows) * model.config.max_source_positions)
     states = [Moments(width) for _ in decoder.layers]
@@ -100,7 +101,7 @@ class Frames(Moments):
 
     def __init__(self, width, expected):
         super().__init__(width)
-        self.every, self.some = max(expected // FRAMES, 1), []
+        self.every, self.some = max(expected // MOST, 1), []
 
     def add(self, x):
         super().add(x)

@@ -11,7 +11,7 @@ import torch
 
 from ..decoder import FastDecoder
 
-SECONDS, RATE = 30, 16_000
+RATE, FRAMES = 16_000, 50  # samples and frames of the encoder's output in a second
 
 
 class Reading:
@@ -121,8 +121,8 @@ def check_model(model):
         raise ValueError("the model is patched: whisperkv.unpatch(model) first, and patch it with the file")
 
 
-def windows_of(audio):
-    """float32 arrays of up to 30 seconds each."""
+def windows_of(audio, seconds):
+    """float32 arrays of up to so many seconds each."""
     import numpy
 
     from ..audio import read_audio
@@ -135,7 +135,7 @@ def windows_of(audio):
         samples = numpy.asarray(samples, dtype=numpy.float32)
         if samples.ndim != 1 or not len(samples) or not numpy.isfinite(samples).all():
             raise ValueError(f"audio {number} must be mono samples at 16 kHz, all of them numbers, or a file's name")
-        windows += [samples[start : start + SECONDS * RATE] for start in range(0, len(samples), SECONDS * RATE)]
+        windows += [samples[start : start + seconds * RATE] for start in range(0, len(samples), seconds * RATE)]
     if not windows:
         raise ValueError("audio must hold a recording or more: a list of samples at 16 kHz, or of files' names")
     return windows
