@@ -202,8 +202,10 @@ class LowRank:
     def nbytes(self):
         if self._of is None:
             return 0
-        packed = [tensor for made in self._packed.values() for tensor in made[self.down is made[0] :]]
-        return sum(tensor.nbytes for tensor in (self.down, self.down_bias, self.up, self.offset, *packed))
+        packed = [tensor for made in self._packed.values() for tensor in made]
+        held = self.down, self.down_bias, self.up, self.offset, *packed
+        storages = [tensor.untyped_storage() for tensor in held]
+        return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
     def follow(self, attention):
         """Make all of the layer's weights as they are now."""

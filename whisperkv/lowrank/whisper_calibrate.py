@@ -14,6 +14,7 @@ from .whisper_listening import FRAMES, Listening, check_model, windows_of
 MOST = 1 << 16  # frames of which the steps of codes are found
 SIZES = 40  # of steps that are tried
 LEAST = 1e-6  # of the largest cost: below, a direction counts for as much
+SPREAD = 1e-4  # of what states vary on average: so much they do in every direction
 
 
 @torch.no_grad()
@@ -164,7 +165,8 @@ def of_self_attention(states, readings, rank):
         both, width = torch.cat(weights), weights[0].shape[1]
         root, inverse = root_of(reading.costs / reading.queries)  # [2, heads, head_dim, head_dim]
         weighed = (root @ both.view(*root.shape[:3], width)).view(2 * width, width)
-        spread = torch.linalg.eigh(moments.covariance)
+        covariance = moments.covariance  # and a little in all directions: full rank must be all there is
+        spread = torch.linalg.eigh(covariance + SPREAD * covariance.diagonal().mean() * torch.eye(width))
         half = spread.eigenvectors * spread.eigenvalues.clamp(min=0).sqrt()
         bases.append(torch.linalg.svd(weighed @ half, full_matrices=False).U[:, :rank])
         means.append(moments.mean)
