@@ -120,7 +120,7 @@ def latent_problem(**sizes):
     return given | one | dict(key=given["key"][:, :, :1].clone(), value=given["value"][:, :, :1, :0], values=none)
 
 
-class TestLatents:
+class TestValuesOfLatents:
     """Of self-attention."""
 
     @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)

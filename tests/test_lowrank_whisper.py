@@ -336,9 +336,13 @@ def test_weights_that_change_are_followed(calibrated, audio):
                 attention.v_proj.weight.mul_(0.5)
                 attention.v_proj.bias.mul_(0.5)
     tokens = tokens_of(model, audio)
-    ours = forced(model, audio, tokens)
-    want = forced(unpatch(model), audio, tokens)
-    assert (ours - want).abs().mean() < 0.1 * want.std()
+    ours, fresh = forced(model, audio, tokens), copy.deepcopy(model)
+    assert torch.equal(ours, forced(fresh, audio, tokens))  # which has made nothing yet
+    wrong = forced(unpatch(model), audio, tokens)
+    with torch.no_grad():
+        for layer in model.get_decoder().layers:
+            layer.self_attn.v_proj.weight.mul_(2)
+    assert (ours - wrong).abs().mean() < (ours - forced(model, audio, tokens)).abs().mean() / 2
 
 
 # The cross-attention's cache
@@ -352,7 +356,7 @@ def test_more_bits_are_nearer(calibrated, audio):
         patch(model, cross=CrossConfig(f"latent_int{bits}", calibration=file))
         apart.append(float((forced(model, audio, tokens) - want).abs().mean() / want.std()))
         assert stats(model).cross_bytes == 3 * 4 * 64 * bits * 16 // 8  # 3 audios of 50 frames, 4 tiles
-    assert apart == sorted(apart) and apart[0] < 0.1 and 2 * apart[0] < apart[2]
+    assert apart == sorted(apart) and apart[0] < 0.1 and 2 * apart[0] < apart[2], apart
 
 
 @pytest.mark.parametrize("options", [dict(), dict(num_beams=3)], ids=str)

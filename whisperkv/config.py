@@ -113,12 +113,8 @@ class EvictionConfig(_Config):
             )
 
 
-# Bits of a number; with a calibration on average.
-FORMATS = {
-    "model": 0, "int8": 8, "int4": 4, "latent": 0, "latent_int8": 8, "latent_int4": 4, "latent_int3": 3,
-    "latent_int2": 2,
-}  # fmt: skip
-CALIBRATED = ("latent_int4", "latent_int3", "latent_int2")  # formats that can be, and the last two must
+FORMATS = {"model": 0, "int8": 8, "int4": 4, "latent": 0, "latent_int8": 8, "latent_int4": 4}  # bits of a number
+CALIBRATED = {"latent_int4": 4, "latent_int3": 3, "latent_int2": 2}  # and of those with a calibration, on average
 TRIMS = ("off", "padding", "silence")
 
 
@@ -154,8 +150,8 @@ class CrossConfig(_Config):
     calibration: str | os.PathLike[str] | None = None
 
     def __post_init__(self) -> None:
-        if self.format not in tuple(FORMATS):  # a list, say, is not hashable
-            self._refuse("format", f"one of {', '.join(map(repr, FORMATS))}")
+        if self.format not in tuple(FORMATS | CALIBRATED):  # a list, say, is not hashable
+            self._refuse("format", f"one of {', '.join(map(repr, FORMATS | CALIBRATED))}")
         if self.trim not in TRIMS:
             self._refuse("trim", f"one of {', '.join(map(repr, TRIMS))}")
         if not isinstance(self.share_beams, bool):
@@ -164,8 +160,7 @@ class CrossConfig(_Config):
             self._refuse("group", f"16, 32, 64, 128 or a multiple of 256 frames, up to {MOST}")
         if isinstance(self.merge, bool) or not isinstance(self.merge, Real) or not 0 <= self.merge <= 1:
             self._refuse("merge", "a number from 0 to 1")
-        needed = self.format in CALIBRATED and self.format != "latent_int4"
-        self._check_calibration(needed, f"{self.format!r} reads one")
+        self._check_calibration(self.format not in FORMATS, f"{self.format!r} reads one")
         if self.calibration is not None and self.format not in CALIBRATED:
             self._refuse("calibration", f"None for {self.format!r}: {', '.join(map(repr, CALIBRATED))} read one")
 
@@ -186,4 +181,4 @@ class CrossConfig(_Config):
     @property
     def bits(self) -> int:
         """Of a number in the cache; 0 if it is not a code."""
-        return FORMATS[self.format]
+        return (FORMATS | CALIBRATED)[self.format]
