@@ -323,6 +323,7 @@ def test_what_it_takes(calibrated, audio):
     assert (ours.self_bytes - state) * 4 == whole.self_bytes - state
     assert ours.self_bytes_transformers == whole.self_bytes_transformers
     copies = 2 * (32 * 64 * 3 + 32 + 2 * 64) * 4  # down, up twice, and what is added
+    copies += 2 * (128 * 32 + 64 + 2 * 2 * 4 * 16 * 16) * 4  # what they are made of
     assert ours.weight_bytes - whole.weight_bytes == copies + 2 * 32 * 64 * 4  # and each head's, as a step reads them
 
 

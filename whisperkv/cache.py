@@ -229,7 +229,10 @@ class SelfCacheLayer(Evicting, CacheLayerMixin):
         else:
             self._bring_together()
             self.key_slots = self.shared.spare.reordered(self.key_slots, rows)
-            self.value_slots = self.shared.spare.reordered(self.value_slots, rows)
+            if self.low_rank is None:
+                self.value_slots = self.shared.spare.reordered(self.value_slots, rows)
+            else:
+                self.value_slots = self.value_slots[rows]
             self._select_state(rows)
             self._note_slots()
 

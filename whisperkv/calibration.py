@@ -141,7 +141,8 @@ class Codes:
 
     @property
     def nbytes(self):
-        return sum(each.nbytes for both in self._packed.values() for each in both)
+        own = self.scales, self.mean, self._there, self._back
+        return sum(each.nbytes for each in own) + sum(each.nbytes for both in self._packed.values() for each in both)
 
     def on(self, device):
         return self.scales.to(device)
@@ -194,16 +195,16 @@ class LowRank:
 
     def __init__(self, tensors, index, rank):
         self.rank = rank
-        self._mean, self._basis = tensors["self.mean"][index], tensors["self.basis"][index][:, :rank]
-        self._root, self._inverse = tensors["self.root"][index], tensors["self.inverse"][index]
+        self._mean, self._basis = tensors["self.mean"][index].clone(), tensors["self.basis"][index][:, :rank].clone()
+        self._root, self._inverse = tensors["self.root"][index].clone(), tensors["self.inverse"][index].clone()
         self._of, self._packed = None, {}
 
     @property
     def nbytes(self):
-        if self._of is None:
-            return 0
-        packed = [tensor for made in self._packed.values() for tensor in made]
-        held = self.down, self.down_bias, self.up, self.offset, *packed
+        held = [self._mean, self._basis, self._root, self._inverse]
+        if self._of is not None:
+            held += self.down, self.down_bias, self.up, self.offset
+            held += [tensor for made in self._packed.values() for tensor in made]
         storages = [tensor.untyped_storage() for tensor in held]
         return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 

@@ -11,7 +11,7 @@ import torch
 from ..calibration import KIND, MOST_BITS, VERSION, fingerprint, rank_of, shape_of
 from .whisper_listening import FRAMES, Listening, check_model, windows_of
 
-MOST = 1 << 16  # frames of which the steps of codes are found
+MOST = 1 << 13  # frames of which the steps of codes are found
 SIZES = 40  # of steps that are tried
 LEAST = 1e-6  # of the largest cost: below, a direction counts for as much
 SPREAD = 1e-4  # of what states vary on average: so much they do in every direction
