@@ -74,7 +74,6 @@ class SelfAttention(WhisperAttention):
         weights = layer.full_weights(weights).to(hidden_states.dtype) if wanted else None
         return self.out_proj(output.reshape(hidden_states.shape)), weights
 
-
     def _attend_latents(self, layer, hidden_states, shape, given):
         """q (U c) = (q U) c: what makes keys of latents goes to the query, what makes values to the output."""
         low = layer.low_rank.follow(self)

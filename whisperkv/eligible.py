@@ -128,5 +128,3 @@ def check_projections(decoder, cross):
 
 def _name(*dtypes):
     return ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
-
-

@@ -124,7 +124,8 @@ def of_cross_attention(frames, readings):
         for project, its in zip((attention.k_proj, attention.v_proj), costs):
             weight = project.weight.detach().double().cpu().view(len(its), -1, width)
             cost = cost + torch.einsum("hdw,hde,hev->wv", weight, its, weight)
-    root, inverse = root_of(cost / cost.diagonal().mean())
+    # The cost is an estimate over few queries. Its square root, between it and none at all, is better than either.
+    root, inverse = root_of(root_of(cost / cost.diagonal().mean())[0])
     values, vectors = torch.linalg.eigh(root @ frames.covariance @ root)
     vectors = vectors.flip(1)
     there, back, mean = root @ vectors, vectors.T @ inverse, frames.mean

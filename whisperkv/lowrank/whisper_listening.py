@@ -9,6 +9,7 @@ from contextlib import contextmanager
 
 import torch
 
+from ..compat import CACHE, with_new_names
 from ..decoder import FastDecoder
 
 RATE, FRAMES = 16_000, 50  # samples and frames of the encoder's output in a second
@@ -87,7 +88,7 @@ def recorded(decoder):
     handles = []
 
     def begin(_, args, kwargs):
-        cache = kwargs.get("past_key_values")
+        cache = with_new_names(kwargs).get(CACHE)
         if cache is None or cache.get_seq_length() == 0:
             for lists in asked:
                 for each in lists:
