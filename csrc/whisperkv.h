@@ -29,12 +29,15 @@ enum wkv_cursor {
  *
  * Beams that trade places need not move their slots: slot s of row r is read where sources[r, s] says, in slot s of
  * that row, which may not be one that this call writes. New tokens go to the row itself, whatever the table says, and
- * are read there. The bits are those of slots that were moved. */
+ * are read there. The bits are those of slots that were moved.
+ *
+ * Latents are keys and values in one: heads / kv_heads query heads share those of a KV head, and there are no values. */
 struct wkv_attention {
-  int64_t rows, tokens, heads, slots, head_dim;
+  int64_t rows, tokens, heads, kv_heads, slots, head_dim;
   enum wkv_dtype dtype;              /* of query, key, value, keys, values, output */
-  const void *query, *key, *value;   /* [rows, tokens, heads, head_dim] */
-  void *keys, *values;               /* [rows, heads, slots, head_dim] */
+  const void *query;                 /* [rows, tokens, heads, head_dim] */
+  const void *key, *value;           /* [rows, tokens, kv_heads, head_dim]; of latents value is NULL */
+  void *keys, *values;               /* [rows, kv_heads, slots, head_dim]; of latents values is NULL */
   const int32_t *cursor;             /* [WKV_CURSORS, rows] */
   const int32_t *sources;            /* [rows, slots]: the row that holds each slot; NULL: its own */
   void *output;                      /* [rows, tokens, heads, head_dim] */
@@ -76,7 +79,8 @@ enum {
   WKV_ITEMS_WANTED = 32, /* enough to keep many threads busy: fewer are split over the frames */
   /* Packed channels of a head at most. A query's codes, within 127, times a frame's less their middle, within 128, are
    * added up in 32 bits. */
-  WKV_MOST_CHANNELS = INT32_MAX / (127 * 128) / WKV_CHANNELS * WKV_CHANNELS
+  WKV_MOST_CHANNELS = INT32_MAX / (127 * 128) / WKV_CHANNELS * WKV_CHANNELS,
+  WKV_MIXED = -1 /* in the place of bits: each block of WKV_CHANNELS channels has its own, see packed.h */
 };
 
 /* Frames become codes of 8 or 4 bits: number = least + step * code, for each channel in groups of frames.
@@ -104,11 +108,13 @@ struct wkv_together {
 struct wkv_cross_attention {
   int64_t rows, tokens, heads, head_dim, audios, frames;
   enum wkv_dtype dtype;         /* of query, output, and of a cache that is not packed */
-  int bits;                     /* 8 or 4 of a packed cache, else 0 */
+  int bits;                     /* 8 or 4 of a packed cache, or WKV_MIXED, else 0 */
   int64_t group;                /* of a packed cache */
   const void *query;            /* [rows, tokens, heads, head_dim] */
   const void *keys, *values;    /* [audios, heads, frames, head_dim], or codes */
-  const float *key_scales, *value_scales; /* of a packed cache */
+  const float *key_scales, *value_scales; /* of a packed cache; of mixed bits [3, channels] for all audios, heads and
+                                             frames: step, least, bits; keys and values are the same memory then */
+  int64_t tile_bytes;           /* of mixed bits: from one tile of a head to the next */
   const int32_t *owner;         /* [rows]: the audio of each row */
   const int32_t *lengths;       /* [audios]: frames in use, 1 or more */
   const float *bias;            /* [audios, frames]: added to the logits, log n where a frame stands for n; or NULL */
@@ -391,9 +397,12 @@ size_t wkv_cross_scratch(const struct wkv_cross_attention *);
 const char *wkv_check_owners(const int32_t *owner, int64_t rows, const int32_t *lengths, int64_t audios, int64_t frames,
                              char *error, size_t error_size);
 
+/* The same of the scales of mixed bits: each block has one number of bits, and they fill the bytes of a tile. */
+const char *wkv_check_mixed(const float *scales, int64_t channels, int64_t tile_bytes, char *error, size_t error_size);
+
 /* One instruction set's kernels: name and arguments. Work items are independent and each is done by one thread in a
  * fixed order, so the bits do not depend on how the items are shared out. Items [begin, end) are
- *   compact_attention  of rows * heads
+ *   compact_attention  of rows * kv_heads
  *   score_evict        of rows
  *   pack               of audios * heads * groups
  *   cross_attention    of parts * heads * splits

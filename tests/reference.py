@@ -22,7 +22,8 @@ POLICIES = [heavy_hitter, magnitude, window]  # the order of WKV_POLICIES
 
 def compact_attention(query, key, value, keys, values, cursor, sources, scale, want_weights):
     """query, key, value: [rows, tokens, heads, dim]; keys, values: [rows, heads, slots, dim], written in place. Slot s
-    of row r is read from row sources[r, s]; of an empty table, from its own."""
+    of row r is read from row sources[r, s]; of an empty table, from its own. Of latents there are no values, and heads
+    share those of a KV head."""
     rows, tokens, heads, dim = query.shape
     slots = keys.shape[2]
     output = torch.zeros_like(query)
@@ -34,10 +35,13 @@ def compact_attention(query, key, value, keys, values, cursor, sources, scale, w
             if int(cursor[SEEN, row]) + token < 0:
                 continue
             keys[row, :, slot] = key[row, token]
-            values[row, :, slot] = value[row, token]
+            if values.numel():
+                values[row, :, slot] = value[row, token]
             source[slot] = row
             live = max(live, slot + 1)
-            its_keys, its_values = (x[source[:live], :, torch.arange(live)].float() for x in (keys, values))
+            held = (keys, values if values.numel() else keys)
+            its_keys, its_values = (x[source[:live], :, torch.arange(live)].float() for x in held)
+            its_keys, its_values = (x.repeat_interleave(heads // x.shape[1], 1) for x in (its_keys, its_values))
             logits = torch.einsum("hd,shd->hs", query[row, token].float() * scale, its_keys)
             weight = torch.softmax(logits, -1)
             weights[row, :, token, :live] = weight
@@ -137,6 +141,36 @@ def unpack_frames(codes, scales, frames, group, dim):
     return (unpack_codes(codes, frames) * step + low)[..., :dim]
 
 
+def unpack_mixed(codes, scales, frames):
+    """uint8 [audios, heads, frames, channels], of codes of mixed bits: [audios, heads, tiles, bytes]. The bits of a
+    block of 32 channels are planes of 8, 4, 2 and 1 bits, the lowest bits first."""
+    blocks, start = [], 0
+    for bits in scales[2, ::CHANNELS].int().tolist():
+        block = torch.zeros(*codes.shape[:3], 8, TILE, 4, dtype=torch.uint8)  # quads of channels
+        below = 0
+        for plane in (8, 4, 2, 1):
+            for piece in range(plane if bits & plane else 0):
+                line = codes[..., start : start + 4 * TILE].unflatten(-1, (TILE, 4))
+                start += 4 * TILE
+                for i in range(8 // plane):
+                    block[:, :, :, piece * 8 // plane + i] |= (line >> plane * i & (1 << plane) - 1) << below
+            below += plane if bits & plane else 0
+        blocks.append(block.transpose(3, 4).flatten(4).flatten(2, 3))
+    return torch.cat(blocks, -1)[:, :, :frames]
+
+
+def read_codes(codes, scales, frames, group):
+    """Codes less their middle, and for each frame steps, and leasts of the middle: float64
+    [audios, heads, frames, channels]."""
+    if codes.dim() == 4:
+        middle = 2.0 ** (scales[2].double() - 1)
+        step, low = (each.expand(len(codes), 1, frames, -1).double() for each in scales[:2])
+        return unpack_mixed(codes, scales, frames).double() - middle, step, low + middle * step
+    middle = 2.0 ** (codes.shape[3] // 2 - 1)
+    step, low = of_frames(scales.double(), frames, group)
+    return unpack_codes(codes, frames).double() - middle, step, low + middle * step
+
+
 def cross_attention(
     query, keys, values, key_scales, value_scales, owner, lengths, bias, counters, frames, group, scale, want_weights
 ):  # fmt: skip
@@ -145,8 +179,8 @@ def cross_attention(
     cross_attention_in_bytes. bias: [audios, frames], added to the logits, or empty. Counters are for CUDA alone."""
     rows, tokens, heads, dim = query.shape
     if keys.dtype == torch.uint8:
-        keys = unpack_frames(keys, key_scales, frames, group, dim)
-        values = unpack_frames(values, value_scales, frames, group, dim)
+        both = [read_codes(*each, frames, group) for each in ((keys, key_scales), (values, value_scales))]
+        keys, values = ((code * step + low)[..., :dim].float() for code, step, low in both)
     frames = keys.shape[2]
     output, weights = torch.zeros_like(query), torch.zeros(rows, heads, tokens, frames)
     for row, audio in enumerate(owner.tolist()):
@@ -171,27 +205,26 @@ def cross_attention_in_bytes(
     """The same of a packed cache with the roundings of the kernels, in float64: in each block of frames the query,
     times the steps of the keys, becomes bytes, and so do the weights. Codes count from the middle, which is added
     exactly."""
-    dim, middle, block = query.shape[-1], 2.0 ** (keys.shape[3] // 2 - 1), min(group, 256)
-    codes = [unpack_codes(x, frames).double()[..., :dim] - middle for x in (keys, values)]
-    steps = [of_frames(x.double()[..., :dim], frames, group) for x in (key_scales, value_scales)]
+    dim, block = query.shape[-1], 128 if keys.dim() == 4 else min(group, 256)
+    both = [read_codes(*each, frames, group) for each in ((keys, key_scales), (values, value_scales))]
     output, weights = torch.zeros(query.shape, dtype=torch.float64), torch.zeros(*query.shape[:3], frames)
     for row, audio in enumerate(owner.tolist()):
         x, length, parts, mixes = query[row].double() * scale, int(lengths[audio]), [], []
         for first in range(0, length, block):
             some = slice(first, min(first + block, length))
             (k, k_step, k_low), (v, v_step, v_low) = (
-                (code[audio, :, some], step[audio, :, first], low[audio, :, first])
-                for code, (step, low) in zip(codes, steps)
+                (code[audio, :, some, :dim], step[audio, :, first, :dim], low[audio, :, first, :dim])
+                for code, step, low in both
             )
             folded, unit = round_to_bytes(x * k_step)
-            offset = (x * (k_low + middle * k_step)).sum(-1, keepdim=True)
+            offset = (x * k_low).sum(-1, keepdim=True)
             parts.append(offset + unit * torch.einsum("thd,hfd->thf", folded, k))
             if bias.numel():
                 parts[-1] += bias[audio, some]
             weight = (parts[-1] - parts[-1].amax(-1, keepdim=True)).exp()
             rounded, unit = round_to_bytes(weight)
             mixed = unit * v_step * torch.einsum("thf,hfd->thd", rounded, v)
-            mixes.append((mixed + (v_low + middle * v_step) * weight.sum(-1, keepdim=True), parts[-1].amax(-1)))
+            mixes.append((mixed + v_low * weight.sum(-1, keepdim=True), parts[-1].amax(-1)))
         logits = torch.cat(parts, -1)
         weights[row, ..., :length] = logits.softmax(-1)
         top = logits.amax(-1)
@@ -334,7 +367,8 @@ def decoder_step(
 ):  # fmt: skip
     """As the op, but the weights are the model's own in every format. x: [rows, width]. Of each layer,
     caches: keys, values, cursor, positions, scores; heard: keys and values of the audio, and their scales; weights:
-    weight and bias of thirteen norms and matrices, and after those of all layers of the last norm."""
+    weight and bias of fourteen norms and matrices, and after those of all layers of the last norm. Of latents the keys
+    are all, and key, value and key_up are what makes them and what is made of them."""
     nothing, counters = torch.empty(0), torch.empty(0, dtype=torch.int32)
 
     def multiply(y, weight, bias, norm=(nothing, nothing), activation=0):
@@ -342,13 +376,23 @@ def decoder_step(
 
     for layer in range(len(caches) // 5):
         keys, values, cursor, positions, scores = caches[5 * layer : 5 * layer + 5]
-        parts = weights[26 * layer : 26 * layer + 26]
+        parts = weights[28 * layer : 28 * layer + 28]
         norm_self, query, key, value, out, norm_cross, cross_query, cross_key, cross_value, cross_out, *more = zip(
             parts[::2], parts[1::2]
         )
-        norm_hidden, first, second = more
-        new = (multiply(x, *each, norm_self).unflatten(1, (1, heads, -1)) for each in (query, key, value))
-        mixed, attention = compact_attention(*new, keys, values, cursor, sources, scale, True)
+        norm_hidden, first, second, key_up = more
+        if values.numel():
+            new = (multiply(x, *each, norm_self).unflatten(1, (1, heads, -1)) for each in (query, key, value))
+            mixed, attention = compact_attention(*new, keys, values, cursor, sources, scale, True)
+        else:
+            latent = multiply(x, *key, norm_self)[:, None, None]
+            asked = multiply(x, *query, norm_self).unflatten(1, (heads, -1))
+            of_keys, of_values, its_bias = (each.unflatten(0, (heads, -1)) for each in (key_up[0], *value))
+            asked = torch.stack([multiply(asked[:, h], of_keys[h], nothing) for h in range(heads)], 1)
+            mixed, attention = compact_attention(
+                asked[:, None], latent, nothing, keys, values, cursor, sources, scale, True
+            )
+            mixed = torch.stack([multiply(mixed[:, 0, h], of_values[h], its_bias[h]) for h in range(heads)], 1)
         x = x + multiply(mixed.flatten(1), *out)
         if policy < 0:
             cursor[SEEN] += 1

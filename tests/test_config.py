@@ -61,7 +61,7 @@ def test_the_most_there_can_be():
     [
         (EvictionConfig, dict(budget=96), "no 'budget', it takes policy, recent, .*: recent . heavy are the budget"),
         (EvictionConfig, dict(recent=3, hevy=4), "no 'hevy', it takes policy, recent, heavy, decay, pin_prompt"),
-        (CrossConfig, dict(formatt="int8"), "has no 'formatt', it takes format, trim, share_beams, group, merge$"),
+        (CrossConfig, dict(formatt="int8"), "has no 'formatt', it takes format, trim, share_beams, group, merge, "),
     ],
 )
 def test_fields_that_are_not_there(kind, given, text):

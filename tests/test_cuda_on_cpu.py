@@ -42,7 +42,7 @@ def run(command, folder, **env):
 
 # In both orders of threads: what one leaves for another without waiting is found in one of them.
 @pytest.mark.parametrize("order", [{}, {"SHIM_REVERSE": "1"}], ids=["forwards", "backwards"])
-@pytest.mark.parametrize("file", ["test_ops.py", "test_cross_ops.py", "test_prune_ops.py"])
+@pytest.mark.parametrize("file", ["test_ops.py", "test_cross_ops.py", "test_latent_ops.py", "test_prune_ops.py"])
 def test_values(on_cpu, file, order):
     command = ["-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "TestValues or TestOfCuda", str(TESTS / file)]
     ran = run(command, on_cpu, **order)

@@ -24,7 +24,7 @@ STEP = (
 )  # fmt: skip
 # Where the lists have what, of the first layer.
 KEYS, VALUES, CURSOR, POSITIONS, SCORES = range(5)
-OF_KEYS = 7  # the weights of the audio's keys are this one of thirteen
+OF_KEYS = 7  # the weights of the audio's keys are this one of fourteen
 QUERY, CROSS_KEY, CROSS_VALUE, FIRST = 2, 2 * OF_KEYS, 16, 22
 
 
@@ -57,6 +57,7 @@ def problem(
         )):  # fmt: skip
             weights.append(normal(*sides) / sides[1] ** 0.5 if len(sides) > 1 else 1 + normal(*sides) / 8)
             weights.append(NONE if part == OF_KEYS and latent else normal(sides[0]) / 4)
+        weights += NONE, NONE  # what makes keys of latents
     return dict(
         x=normal(rows, width), sources=own["sources"], owner=audio["owner"] if hears else none,
         lengths=audio["lengths"] if hears else none, bias=audio["bias"] if hears else NONE, caches=caches,

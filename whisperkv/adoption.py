@@ -20,8 +20,10 @@ _ARGUMENTS = ("input_ids", "attention_mask", "encoder_hidden_states", CACHE, "in
 class CacheAdoption:
     """A forward pre-hook of the decoder: a fresh cache is given our layers before anything enters it."""
 
-    def __init__(self, eviction, cross, listener, graphs, steps=()):
-        self.eviction, self.cross = eviction, cross
+    def __init__(self, eviction, cross, listener, graphs, steps=(), codes=None, low_rank=None):
+        self.eviction, self.cross = eviction if eviction and eviction.evicts else None, cross
+        self.codes = codes  # of what the encoder heard, where they are of mixed bits
+        self.low_rank = low_rank  # a LowRank a layer, where the self-attention's cache holds latents
         self.listener = listener  # of the encoder, if frames are to be left out
         self.graphs = graphs  # of the steps to come, if they are wanted
         self.steps = steps  # what can take a plain step as a whole, in order
@@ -32,7 +34,8 @@ class CacheAdoption:
     def stats(self, weight_bytes=0):
         note = "; ".join(note for note in (self.note, self.weights_note) if note)
         stats = self.record.stats(self.decodes, note) if self.record else Stats(note=note)
-        return replace(stats, weight_bytes=weight_bytes)
+        made = [*(self.low_rank or ()), *([self.codes] if self.codes else [])]
+        return replace(stats, weight_bytes=weight_bytes + sum(each.nbytes for each in made))
 
     def __call__(self, decoder, args, kwargs):
         given = with_new_names({**dict(zip(_ARGUMENTS, args)), **kwargs})
@@ -98,14 +101,15 @@ class CacheAdoption:
             padding=0 if padding is None else int(padding.sum()),
             frames=0 if states is None else states.shape[1],
             eviction=self.eviction,
+            rank=self.low_rank[0].rank if self.low_rank else None,
         )
         self.decodes += 1
         own = cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
-        is_captured = self.graphs is not None and self.graphs.begin(decoder)
+        is_captured = self.graphs is not None and not self.low_rank and self.graphs.begin(decoder)
         shared = Shared(record, is_captured)
         own.layers = [
-            SelfCacheLayer(self.eviction, config.max_target_positions, padding, shared, index)
-            for index in range(record.layers)
+            SelfCacheLayer(self.eviction, config.max_target_positions, padding, shared, index, its)
+            for index, its in enumerate(self.low_rank or [None] * record.layers)
         ]
         own.layer_class_to_replicate = None
         if states is not None:
@@ -119,9 +123,9 @@ class CacheAdoption:
             keep = self.listener.kept(states[first_rows(owners, int(owners[-1]) + 1)])
             if keep is None:
                 self.note = "not trimmed or merged: this encoder output was not made by the patched model's own encoder"
-        audios, views = Audios.gather(states, owners, keep, record.layers, record), Onlookers()
+        audios, views = Audios.gather(states, owners, keep, record.layers, record, self.codes), Onlookers()
         record.audios, record.frames_kept = len(audios), int(audios.lengths.sum())
-        home = self.graphs.home_of(audios, self.cross) if is_captured else None
+        home = self.graphs.home_of(audios, self.cross) if is_captured and self.codes is None else None
         if home is not None:
             audios.move_to(home)
         owners = owners.repeat_interleave(beams)

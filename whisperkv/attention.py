@@ -57,9 +57,12 @@ class SelfAttention(WhisperAttention):
         layer = self_cache_layer(given[CACHE], self.layer_idx)
         tokens = hidden_states.shape[1]
         # Several tokens at once without eviction: the original attention keeps its own bits, over our slots.
-        if layer is None or key_value_states is not None or (layer.is_exact and tokens > 1):
+        is_theirs = layer is not None and layer.is_exact and layer.low_rank is None and tokens > 1
+        if layer is None or key_value_states is not None or is_theirs:
             return super().forward(hidden_states, key_value_states, **given)
         shape = (*hidden_states.shape[:-1], self.num_heads, self.head_dim)
+        if layer.low_rank is not None:
+            return self._attend_latents(layer, hidden_states, shape, given)
         if layer.joined is None:
             projected = (project(hidden_states) for project in (self.q_proj, self.k_proj, self.v_proj))
         else:  # one row, one token
@@ -70,6 +73,21 @@ class SelfAttention(WhisperAttention):
         output, weights = layer.attend(query, key, value, self.scaling, wanted)
         weights = layer.full_weights(weights).to(hidden_states.dtype) if wanted else None
         return self.out_proj(output.reshape(hidden_states.shape)), weights
+
+    def _attend_latents(self, layer, hidden_states, shape, given):
+        """q (U c) = (q U) c: what makes keys of latents goes to the query, what makes values to the output."""
+        low = layer.low_rank.follow(self)
+        query = self.q_proj(hidden_states).view(shape)
+        latent = torch.nn.functional.linear(hidden_states, low.down, low.down_bias)[:, :, None]
+        _refuse_gradients(query, latent)
+        by_head = query.flatten(0, 1).transpose(0, 1)  # [heads, rows * tokens, head_dim]
+        asked = (by_head @ low.up[0]).transpose(0, 1).contiguous().view(*shape[:3], low.rank)
+        wanted = _wants_weights(self, given["output_attentions"])
+        output, weights = layer.attend(asked, latent, latent[..., :0], self.scaling, wanted)
+        mixed = output.flatten(0, 1).transpose(0, 1) @ low.up[1].transpose(1, 2)
+        mixed = mixed.transpose(0, 1) + low.offset[1]
+        weights = layer.full_weights(weights).to(hidden_states.dtype) if wanted else None
+        return self.out_proj(mixed.reshape(hidden_states.shape)), weights
 
 
 class CrossAttention(WhisperAttention):

@@ -24,13 +24,14 @@ _BUFFERS = ("key_slots", "value_slots", "cursor", "positions", "scores")
 class SelfCacheLayer(Evicting, CacheLayerMixin):
     """One decoder layer's keys and values.
 
-    key_slots, value_slots  [rows, heads, slots, head_dim]
+    key_slots, value_slots  [rows, heads, slots, head_dim]; of low rank [rows, 1, slots, rank] and of no channels
     cursor                  int32 [4, rows]: where each row stands, see whisperkv.h
     sources                 int32 [rows, slots]: the row that holds each slot, see beams.py; empty while that is its own
     positions, scores       [rows, slots] of every token, and what the policy thinks of it; with eviction only
     padding                 int [rows]: left padding of the first pass; None if no row has some
     seen                    tokens that went in, padding included: the logical length
     live                    slots in use, in the row that has most
+    low_rank                what a token's keys and values are made of, if latents are held in their place
     home, index             where the buffers of all layers are while graphs are replayed, and which of them this one is
     """
 
@@ -40,8 +41,8 @@ class SelfCacheLayer(Evicting, CacheLayerMixin):
     supports_early_init = False
     max_cache_len = 0  # so generate() in transformers 5.10 never keeps a static cache with our layers for its next call
 
-    def __init__(self, eviction=None, limit=448, padding=None, shared=None, index=0):
-        self.index, self.shared = index, shared or Shared()
+    def __init__(self, eviction=None, limit=448, padding=None, shared=None, index=0, low_rank=None):
+        self.index, self.shared, self.low_rank = index, shared or Shared(), low_rank
         self.eviction, self.limit = eviction, limit
         self.budget = limit if eviction is None else min(eviction.budget, limit)
         # The policy's name in C: a function of the user's is given the attention received so far.
@@ -60,7 +61,7 @@ class SelfCacheLayer(Evicting, CacheLayerMixin):
         """New tokens [rows, tokens, heads, head_dim] enter and attend: output of the same shape, and the weights
         over the slots [rows, heads, tokens, slots] if they are wanted or the policy needs them."""
         tokens, dtype = query.shape[1], query.dtype
-        self._make_room(key.transpose(1, 2), tokens)
+        self._make_room(key.transpose(1, 2), tokens, value.shape[-1])
         query, key, value = (tensor.to(self.dtype) for tensor in (query, key, value))  # autocast may come and go
         output, weights = ops.compact_attention(
             query,
@@ -103,9 +104,10 @@ class SelfCacheLayer(Evicting, CacheLayerMixin):
 
     def update(self, key_states, value_states, *args, **kwargs):
         """The interface of transformers: keys and values [rows, heads, tokens, head_dim] in, all of them out."""
-        if self.eviction is not None:
+        if self.eviction is not None or self.low_rank is not None:
+            does = "evicts tokens" if self.low_rank is None else "holds latents"
             raise RuntimeError(
-                "this cache evicts tokens, so only whisperkv's own attention can read it: "
+                f"this cache {does}, so only whisperkv's own attention can read it: "
                 "patch the model again, or start from a fresh cache"
             )
         tokens, start = key_states.shape[2], self.live
@@ -139,11 +141,12 @@ class SelfCacheLayer(Evicting, CacheLayerMixin):
 
     # What transformers calls
 
-    def lazy_initialization(self, key_states, value_states):
+    def lazy_initialization(self, key_states, value_states, value_dim=None):
         rows, heads, tokens, head_dim = key_states.shape
         self.dtype, self.device = key_states.dtype, key_states.device
         slots = self._slots_for(tokens)
-        self.key_slots, self.value_slots = (key_states.new_empty(rows, heads, slots, head_dim) for _ in range(2))
+        dims = head_dim, head_dim if value_dim is None else value_dim
+        self.key_slots, self.value_slots = (key_states.new_empty(rows, heads, slots, dim) for dim in dims)
         self.cursor = torch.zeros(4, rows, dtype=torch.int32, device=self.device)
         if self.padding is not None:
             self.cursor[SEEN] = -self._padding()
@@ -226,7 +229,10 @@ class SelfCacheLayer(Evicting, CacheLayerMixin):
         else:
             self._bring_together()
             self.key_slots = self.shared.spare.reordered(self.key_slots, rows)
-            self.value_slots = self.shared.spare.reordered(self.value_slots, rows)
+            if self.low_rank is None:
+                self.value_slots = self.shared.spare.reordered(self.value_slots, rows)
+            else:
+                self.value_slots = self.value_slots[rows]
             self._select_state(rows)
             self._note_slots()
 
@@ -261,14 +267,18 @@ class SelfCacheLayer(Evicting, CacheLayerMixin):
 
     @property
     def heads(self):
-        return self.key_slots.shape[1]
+        return self.key_slots.shape[1] if self.low_rank is None else self.low_rank.up.shape[1]
 
     @property
     def head_dim(self):
-        return self.key_slots.shape[3]
+        return self.key_slots.shape[3] if self.low_rank is None else self.low_rank.up.shape[2]
 
     def floats(self, part, rows, tokens):
-        slots = (self.key_slots, self.value_slots)[part]
+        if self.low_rank is not None:
+            return self.low_rank.rebuilt(part, self._held(self.key_slots, rows, tokens))
+        return self._held((self.key_slots, self.value_slots)[part], rows, tokens)
+
+    def _held(self, slots, rows, tokens):
         if self.sources.numel():
             slots = gathered(slots, self.sources)
         every = rows == tuple(range(self.batch_size))
@@ -365,11 +375,11 @@ class SelfCacheLayer(Evicting, CacheLayerMixin):
         slots = torch.arange(self.slots, dtype=torch.int32, device=self.device)
         return slots < self.cursor[LIVE, :, None]
 
-    def _make_room(self, key_states, tokens):
+    def _make_room(self, key_states, tokens, value_dim=None):
         if self.is_initialized:
             self.make_room(tokens)
         else:
-            self.lazy_initialization(key_states, key_states)
+            self.lazy_initialization(key_states, key_states, value_dim)
 
     def _resize(self, slots):
         """Other buffers of so many slots, with the same tokens in them."""

@@ -1,5 +1,6 @@
 """What the user chooses. Checked here, before any model is touched."""
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from numbers import Integral, Real
@@ -23,6 +24,14 @@ class _Config:
     def _refuse(self, field, allowed):
         raise ValueError(f"{type(self).__name__}.{field} must be {allowed}; got {getattr(self, field)!r}")
 
+    def _check_calibration(self, wanted, why):
+        if self.calibration is None:
+            if wanted:
+                self._refuse("calibration", f"the path of a file that whisperkv.lowrank.calibrate() wrote, as {why}")
+            return
+        if not isinstance(self.calibration, (str, os.PathLike)):
+            self._refuse("calibration", "the path of a file, or None")
+
     def _is_whole(self, field, least):
         value = getattr(self, field)
         return not isinstance(value, bool) and isinstance(value, Integral) and least <= value <= MOST
@@ -37,11 +46,15 @@ class EvictionConfig(_Config):
                 "window": the newest only;
                 or a function of (scores, positions, keys, values), tensors of one layer with shapes [rows, slots],
                 [rows, slots] and [rows, heads, slots, head_dim] twice, that returns one number a slot, [rows, slots].
-                The slot of the lowest number is overwritten. `scores` holds the attention received so far.
+                The slot of the lowest number is overwritten. `scores` holds the attention received so far;
+                or "all": no token is evicted, and recent, heavy and decay are not asked for.
     recent      newest tokens that are never evicted, the one being decoded included; 1 or more.
     heavy       further tokens to keep; 0 or more. recent + heavy slots are all that a sequence ever takes.
     decay       how much of the attention received so far still counts at the next token, above 0 to 1.
     pin_prompt  keep the start tokens and the prompt whatever their score. They take their slots out of the budget.
+    keep        of the numbers of a token's keys and values, the share that each layer holds, as one low-rank latent of
+                both: up to 0.5, which is all that there is to them, or 1 for keys and values as they are.
+    calibration the file that whisperkv.lowrank.calibrate() wrote for this model; needed where keep is below 1.
     """
 
     policy: str | Callable[..., Any] = "heavy_hitter"
@@ -49,11 +62,13 @@ class EvictionConfig(_Config):
     heavy: int = 32
     decay: float = 0.95
     pin_prompt: bool = True
+    keep: float = 1.0
+    calibration: str | os.PathLike[str] | None = None
 
     _HINT = ": recent + heavy are the budget"
 
     def __post_init__(self) -> None:
-        names = [name for name, *_ in POLICIES]
+        names = [*(name for name, *_ in POLICIES), "all"]
         if self.policy not in names and not callable(self.policy):
             self._refuse("policy", f"one of {', '.join(map(repr, names))}, or a function")
         for field, least in (("recent", 1), ("heavy", 0)):
@@ -65,6 +80,24 @@ class EvictionConfig(_Config):
             self._refuse("decay", "a number above 0 and up to 1")
         if not isinstance(self.pin_prompt, bool):
             self._refuse("pin_prompt", "True or False")
+        is_number = not isinstance(self.keep, bool) and isinstance(self.keep, Real)
+        if not is_number or not (0 < self.keep <= 0.5 or self.keep == 1):
+            self._refuse(
+                "keep", "above 0 and up to 0.5 (keys and values are made of one state, half their size), or 1 for all"
+            )
+        self._check_calibration(self.is_low_rank, f"keep={self.keep!r} reads one")
+        if self.calibration is not None and not self.is_low_rank:
+            self._refuse("calibration", f"None where keep is {self.keep!r}, which reads none")
+        if self.is_low_rank and self.policy == "magnitude":
+            self._refuse("policy", 'another one with keep below 1: "magnitude" looks at keys, which are not there then')
+
+    @property
+    def is_low_rank(self) -> bool:
+        return self.keep < 1
+
+    @property
+    def evicts(self) -> bool:
+        return self.policy != "all"
 
     @property
     def budget(self) -> int:
@@ -81,6 +114,7 @@ class EvictionConfig(_Config):
 
 
 FORMATS = {"model": 0, "int8": 8, "int4": 4, "latent": 0, "latent_int8": 8, "latent_int4": 4}  # bits of a number
+CALIBRATED = {"latent_int4": 4, "latent_int3": 3, "latent_int2": 2}  # and of those with a calibration, on average
 TRIMS = ("off", "padding", "silence")
 
 
@@ -92,7 +126,9 @@ class CrossConfig(_Config):
                  "int8", "int4": the same as codes of so many bits;
                  "latent": the encoder's output, one copy for all layers, of which attention makes what it needs: exact
                  up to rounding, and smaller by twice the number of layers;
-                 "latent_int8", "latent_int4": that copy as codes, the smallest there is.
+                 "latent_int8", "latent_int4": that copy as codes;
+                 "latent_int4", "latent_int3", "latent_int2" with a calibration: that copy in a basis where some
+                 channels say more than others, as codes that have so many bits on average, the smallest there is.
     trim         "off": all frames are kept;
                  "padding": of the padding after the speech, every 4th frame is kept;
                  "silence": and of the silent stretches inside the audio, every 4th. Energy finds them, or Silero VAD
@@ -101,7 +137,9 @@ class CrossConfig(_Config):
                  encoder, the most alike first: 0 is none; 0.5 leaves three quarters of the frames, 1 half of them.
     share_beams  rows with the same encoder output (beams, returned sequences) share one cache. Lossless.
     group        frames that share a scale, in the formats of codes: 16, 32, 64, 128 or a multiple of 256. Smaller
-                 groups are more exact and larger in memory.
+                 groups are more exact and larger in memory. With a calibration all frames share one, and this is not
+                 asked for.
+    calibration  the file that whisperkv.lowrank.calibrate() wrote for this model.
     """
 
     format: str = "model"
@@ -109,10 +147,11 @@ class CrossConfig(_Config):
     share_beams: bool = True
     group: int = 256
     merge: float = 0.0
+    calibration: str | os.PathLike[str] | None = None
 
     def __post_init__(self) -> None:
-        if self.format not in tuple(FORMATS):  # a list, say, is not hashable
-            self._refuse("format", f"one of {', '.join(map(repr, FORMATS))}")
+        if self.format not in tuple(FORMATS | CALIBRATED):  # a list, say, is not hashable
+            self._refuse("format", f"one of {', '.join(map(repr, FORMATS | CALIBRATED))}")
         if self.trim not in TRIMS:
             self._refuse("trim", f"one of {', '.join(map(repr, TRIMS))}")
         if not isinstance(self.share_beams, bool):
@@ -121,6 +160,14 @@ class CrossConfig(_Config):
             self._refuse("group", f"16, 32, 64, 128 or a multiple of 256 frames, up to {MOST}")
         if isinstance(self.merge, bool) or not isinstance(self.merge, Real) or not 0 <= self.merge <= 1:
             self._refuse("merge", "a number from 0 to 1")
+        self._check_calibration(self.format not in FORMATS, f"{self.format!r} reads one")
+        if self.calibration is not None and self.format not in CALIBRATED:
+            self._refuse("calibration", f"None for {self.format!r}: {', '.join(map(repr, CALIBRATED))} read one")
+
+    @property
+    def is_mixed(self) -> bool:
+        """Whether the channels have bits of their own."""
+        return self.calibration is not None
 
     @property
     def keeps_all(self) -> bool:
@@ -134,4 +181,4 @@ class CrossConfig(_Config):
     @property
     def bits(self) -> int:
         """Of a number in the cache; 0 if it is not a code."""
-        return FORMATS[self.format]
+        return (FORMATS | CALIBRATED)[self.format]

@@ -17,8 +17,10 @@ import torch
 from transformers.cache_utils import CacheLayerMixin
 
 from . import ops
+from .calibration import Codes
 from .config import CrossConfig
 from .graph_memory import apart
+from .mixed import pack_mixed, unpack_mixed
 from .trim import Kept
 from .views import Onlookers, View
 
@@ -94,6 +96,30 @@ class Matrix:
 
 
 @dataclass
+class MixedMatrix:
+    """The encoder's output of every audio in another basis, as codes of mixed bits; scales are those of all audios."""
+
+    data: torch.Tensor
+    scales: torch.Tensor
+    codes: Codes
+
+    @classmethod
+    def of(cls, states, lengths, codes):
+        """From states [audios, frames, width]."""
+        scales = codes.on(states.device)
+        return cls(pack_mixed(codes.rotated(states), lengths, scales), scales, codes)
+
+    @property
+    def nbytes(self):
+        return self.data.nbytes  # the scales belong to the model
+
+    def floats(self, frames, dim, group, dtype, audios):
+        """[audios, 1, frames, dim], of those audios."""
+        frames = unpack_mixed(self.data[audios], self.scales, frames)
+        return self.codes.restored(frames)[:, None].to(dtype)
+
+
+@dataclass
 class Audios:
     """What the encoder heard. All layers share it while they fill their caches, and the latent formats thereafter.
 
@@ -105,6 +131,7 @@ class Audios:
     room     frames that the matrices have room for
     counters int32, zeros between the calls of cross_attention()
     home     where graphs expect all this; None if no step is to be captured
+    codes    how the latent becomes codes of mixed bits; None if it does not
     """
 
     states: torch.Tensor | None
@@ -113,7 +140,8 @@ class Audios:
     heard: int
     layers: int
     record: object
-    latent: Matrix | None = field(default=None, init=False)
+    codes: Codes | None = None
+    latent: Matrix | MixedMatrix | None = field(default=None, init=False)
     home: "CrossHome | None" = field(default=None, init=False)
 
     def __post_init__(self):
@@ -126,7 +154,7 @@ class Audios:
         return {**vars(self), "home": None, "bias": apart(self.bias), **integers}
 
     @classmethod
-    def gather(cls, states, owners, keep, layers, record):
+    def gather(cls, states, owners, keep, layers, record, codes=None):
         """Of each audio once. `keep` bool [audios, frames] or None."""
         heard, audios = states.shape[1], int(owners[-1]) + 1
         states = states.detach()
@@ -134,10 +162,10 @@ class Audios:
             states = states[first_rows(owners, audios)]
         if keep is None or bool(keep.all()):
             lengths = torch.full((audios,), heard, dtype=torch.int32, device=states.device)
-            return cls(states, lengths, None, heard, layers, record)
+            return cls(states, lengths, None, heard, layers, record, codes)
         kept = Kept.of(keep)
         states = states.gather(1, kept.places[..., None].expand(-1, -1, states.shape[-1]))
-        return cls(states, kept.lengths, kept, heard, layers, record)
+        return cls(states, kept.lengths, kept, heard, layers, record, codes)
 
     def move_to(self, home):
         """Before anything is held."""
@@ -151,6 +179,8 @@ class Audios:
 
     def hold(self, states, config, layer, part):
         """The Matrix of states [audios, frames, heads, dim], as keys (part 0) or values (1) of a layer."""
+        if self.codes is not None:
+            return MixedMatrix.of(states[:, :, 0], self.lengths, self.codes)
         if self.home is None:
             return Matrix.of(states, self.lengths, config.bits, config.group)
         matrix = self.home.of_layer[layer][part]
@@ -416,8 +446,10 @@ class CrossCacheLayer(CacheLayerMixin):
 
     def _attend_latent(self, query, scale, attention, want_weights):
         rows, tokens, heads, head_dim = query.shape
-        width = heads * head_dim
-        key_weight, value_weight = attention.k_proj.weight, attention.v_proj.weight
+        key_weight, value_weight, bias = attention.k_proj.weight, attention.v_proj.weight, attention.v_proj.bias
+        if self.audios.codes is not None:
+            key_weight, value_weight, bias = self.audios.codes.weights(attention)
+        width = key_weight.shape[-1]
         by_head = query.reshape(-1, heads, head_dim).transpose(0, 1)  # [heads, rows * tokens, head_dim]
         folded = (by_head.to(key_weight.dtype) @ key_weight.view(heads, head_dim, width)).to(query.dtype)
         folded = folded.transpose(0, 1).contiguous().view(rows, tokens * heads, 1, width)
@@ -425,8 +457,8 @@ class CrossCacheLayer(CacheLayerMixin):
         mixed = mixed.view(-1, heads, width).transpose(0, 1).to(value_weight.dtype)
         output = mixed @ value_weight.view(heads, head_dim, width).transpose(1, 2)
         output = output.transpose(0, 1).reshape(query.shape)
-        if attention.v_proj.bias is not None:
-            output += attention.v_proj.bias.view(heads, head_dim)
+        if bias is not None:
+            output += bias.view(heads, head_dim)
         if want_weights:
             weights = weights.view(rows, tokens, heads, -1).transpose(1, 2)
         return output, weights

@@ -78,6 +78,22 @@ def check_device(decoder):
         )
 
 
+def check_calibrated(decoder, setting):
+    """What a calibration is about must be as plain as it was then."""
+    device = device_of(decoder)
+    if device.type == "cuda":
+        raise ValueError(f"{setting} has kernels for the CPU alone, and the model is on {device}: model.to('cpu')")
+    for name, attention in _attentions(decoder):
+        for project in (attention.k_proj, attention.v_proj):
+            if type(project) not in LINEARS or type(project.weight) not in (torch.Tensor, nn.Parameter):
+                kind = type(project) if type(project) not in LINEARS else type(project.weight)
+                raise ValueError(
+                    f"{setting} needs the plain weights of all k_proj and v_proj, and {name} has a {kind.__module__}."
+                    f"{kind.__name__}: merge the adapter (merge_and_unload()), or leave the decoder out of the "
+                    "quantization"
+                )
+
+
 def _latent_weights(decoder):
     return [
         getattr(layer.encoder_attn, name).weight
@@ -112,5 +128,3 @@ def check_projections(decoder, cross):
 
 def _name(*dtypes):
     return ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
-
-

@@ -25,16 +25,20 @@ class Evicting:
     def _evict(self, weights, tokens):
         eviction = self.eviction
         if weights.dim() < 4:  # neither wanted nor read: of the right shape is enough
-            weights = weights.new_zeros(()).expand(*self.key_slots.shape[:2], tokens, self.slots)
+            weights = weights.new_zeros(()).expand(len(self.key_slots), self.heads, tokens, self.slots)
+        keys = self.key_slots if self.low_rank is None else self.key_slots.expand(-1, self.heads, -1, -1)  # not read
         ops.score_evict(
-            weights, self.key_slots, self.cursor, self.positions, self.scores,
+            weights, keys, self.cursor, self.positions, self.scores,
             _POLICY[self.policy], self._most(tokens), eviction.recent, eviction.decay,
         )  # fmt: skip
 
     def _ranking(self):
         """What the user's function says each slot is worth: float [rows, slots]."""
         policy = self.eviction.policy
-        ranking = policy(self.scores, self.positions, self.key_slots, self.value_slots)
+        slots = self.key_slots, self.value_slots
+        if self.low_rank is not None:
+            slots = (self.low_rank.rebuilt(part, self.key_slots) for part in (0, 1))
+        ranking = policy(self.scores, self.positions, *slots)
         if not isinstance(ranking, torch.Tensor) or ranking.shape != self.scores.shape:
             given = tuple(ranking.shape) if isinstance(ranking, torch.Tensor) else type(ranking).__name__
             raise ValueError(

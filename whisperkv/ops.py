@@ -107,10 +107,10 @@ def prunes(tensor):
 # What torch.compile and torch.export see. The dtype of a cache may be any, but is the same for all of None.
 _ATTENTION = {
     "query": (None, "rows tokens heads dim"),
-    "key": (None, "rows tokens heads dim"),
-    "value": (None, "rows tokens heads dim"),
-    "keys": (None, "rows heads slots dim"),
-    "values": (None, "rows heads slots dim"),
+    "key": (None, "rows tokens kv_heads dim"),
+    "value": (None, "rows tokens kv_heads dim"),
+    "keys": (None, "rows kv_heads slots dim"),
+    "values": (None, "rows kv_heads slots dim"),
     "cursor": (torch.int32, "cursors rows"),
 }
 _EVICTION = {
@@ -143,6 +143,13 @@ _CROSS_PACKED = {
     "key_scales": (torch.float32, "audios heads groups two channels"),
     "value_scales": (torch.float32, "audios heads groups two channels"),
 }
+_CROSS_MIXED = {
+    **_CROSS,
+    "keys": (torch.uint8, "audios heads tiles bytes"),
+    "values": (torch.uint8, "audios heads tiles bytes"),
+    "key_scales": (torch.float32, "three channels"),
+    "value_scales": (torch.float32, "three channels"),
+}
 _ENCODER = {
     "query": (torch.float32, "audios frames heads dim"),
     "key": (torch.float32, "audios frames heads dim"),
@@ -173,7 +180,13 @@ _STEP_HEARD_PACKED = {
     "key scales": (torch.float32, "audios audio_heads groups two channels"),
     "value scales": (torch.float32, "audios audio_heads groups two channels"),
 }
-_STEP_PARTS = 13
+_STEP_HEARD_MIXED = {
+    "audio keys": (torch.uint8, "audios audio_heads tiles bytes"),
+    "audio values": (torch.uint8, "audios audio_heads tiles bytes"),
+    "key scales": (torch.float32, "three channels"),
+    "value scales": (torch.float32, "three channels"),
+}
+_STEP_PARTS = 14
 _GATHERING = {
     "keys": (None, "rows kv_heads tokens dim"),
     "values": (None, "rows kv_heads tokens dim"),
@@ -202,7 +215,7 @@ _CHOICE = {"scores": (torch.float32, "audios beams vocabulary"), "added": (torch
 
 def _sizes(op, layout, *tensors, frames=None, **others):
     """The sizes by name; what the C code refuses is refused here too. Others may be empty."""
-    sizes, cache_dtype, device = {"cursors": 4, "two": 2}, None, tensors[0].device
+    sizes, cache_dtype, device = {"cursors": 4, "two": 2, "three": 3}, None, tensors[0].device
     if frames is not None:
         sizes["frames"] = frames
     given = {**dict(zip(layout, tensors)), **{name: each for name, each in others.items() if 0 not in each.shape}}
@@ -228,9 +241,22 @@ def _fit(op, name, tensor, dtype, shape, device, sizes):
         torch._check(size == wanted, lambda text=text: text)
 
 
+def _check_groups(op, sizes):
+    heads, kv_heads = sizes["heads"], sizes["kv_heads"]
+    text = f"{op.name()}: query must have heads that are a multiple of {kv_heads} kv_heads, got {heads}"
+    torch._check(heads % kv_heads == 0, lambda: text)
+
+
 @torch.library.register_fake(compact_attention)
 def _(query, key, value, keys, values, cursor, sources, scale, want_weights):
-    sizes = _sizes(compact_attention, _ATTENTION, query, key, value, keys, values, cursor, sources=sources)
+    given = dict(query=query, key=key, value=value, keys=keys, values=values, cursor=cursor)
+    if values.numel() == 0 < keys.numel():  # latents
+        del given["value"], given["values"]
+    sizes = _sizes(compact_attention, {name: _ATTENTION[name] for name in given}, *given.values(), sources=sources)
+    if "value" in given:
+        text = f"{compact_attention.name()}: key must have the heads of the query, got {list(key.shape)}"
+        torch._check(sizes["kv_heads"] == sizes["heads"], lambda: text)
+    _check_groups(compact_attention, sizes)
     weights = [sizes[side] for side in ("rows", "heads", "tokens", "slots")] if want_weights else [0]
     return query.new_empty(query.shape), query.new_empty(weights, dtype=torch.float32)
 
@@ -255,14 +281,15 @@ def _(
 ):  # fmt: skip
     given, others = (query, keys, values, owner, lengths), dict(bias=bias, counters=counters)
     if keys.dtype == torch.uint8:
-        sizes = _sizes(cross_attention, _CROSS_PACKED, *given, key_scales, value_scales, frames=frames, **others)
+        is_mixed = keys.dim() == 4
+        layout = _CROSS_MIXED if is_mixed else _CROSS_PACKED
+        sizes = _sizes(cross_attention, layout, *given, key_scales, value_scales, frames=frames, **others)
         text = f"{cross_attention.name()}: query must have at most {MOST_CHANNELS} channels, got {sizes['dim']}"
         torch._check(sizes["dim"] <= MOST_CHANNELS, lambda text=text: text)
         for side, allowed in (
-            ("strip", (16, 8)),
+            *(() if is_mixed else (("strip", (16, 8)), ("groups", (-(-frames // group),)))),
             ("channels", (-(-sizes["dim"] // CHANNELS) * CHANNELS,)),
             ("tiles", (-(-frames // TILE),)),
-            ("groups", (-(-frames // group),)),
         ):
             text = f"{cross_attention.name()}: keys of {frames} frames in groups of {group} must have {side} " + (
                 f"{' or '.join(map(str, allowed))}, got {sizes[side]}"
@@ -347,23 +374,32 @@ def _(
         check(least <= number <= most, f"{name} must be in {least}..{most}, got {number}")
     for name, number in dict(decay=decay, epsilon=epsilon, scale=scale).items():
         check(math.isfinite(number), f"{name} must be finite, got {number}")
-    sizes = {"cursors": 4, "two": 2, "heads": heads}
+    sizes = {"cursors": 4, "two": 2, "three": 3, "heads": heads}
     fit("x", x, torch.float32, "rows width")
     width = sizes["width"]
     for name, number, unit in (("hidden", hidden, PANEL), ("width", width, PANEL), ("width", width, heads)):
         check(number % unit == 0, f"{name} must be a multiple of {unit}, got {number}")
     check(width <= MOST_INPUTS, f"width must be at most {MOST_INPUTS}, got {width}")
-    head, layers = width // heads, len(weights) // (2 * _STEP_PARTS)
+    head, layers, latent = width // heads, len(weights) // (2 * _STEP_PARTS), width
     sizes["head"] = head
     wanted = 2 * (_STEP_PARTS * layers + 1), len(_STEP_CACHES) * layers, len(_STEP_HEARD_PACKED) * layers
     if layers < 1 or (len(weights), len(caches)) != wanted[:2] or len(heard) not in (0, wanted[2]):
         counts = f"{len(caches)}, {len(heard)} and {len(weights)}"
         refuse(f"the lists must be of the same layers, got {counts} tensors")
 
-    layout = list(_STEP_CACHES.items())[: None if policy >= 0 else 3]
+    layout, rank = list(_STEP_CACHES.items())[: None if policy >= 0 else 3], 0
+    if caches[1].numel() == 0 < caches[0].numel():  # latents, which have no values
+        rank = sizes["rank"] = caches[0].shape[-1]
+        check(rank <= width, f"rank must be in 1..{width}, got {rank}")
+        latents = torch.float32, "rows one slots rank"
+        sizes["one"] = 1
+        layout = [(name, latents if name == "keys" else wanted) for name, wanted in layout]
     for first in range(0, len(caches), len(_STEP_CACHES)):
         for (name, wanted), tensor in zip(layout, caches[first:]):
-            fit(name, tensor, *wanted)
+            if not (rank and name == "values"):
+                fit(name, tensor, *wanted)
+            elif tensor.numel():
+                refuse("the layers must all hold latents, or none")
     if 0 not in sources.shape:
         fit("sources", sources, torch.int32, "rows slots")
     if policy >= 0:
@@ -377,26 +413,33 @@ def _(
         is_sound = group > 0 and group % TILE == 0 and (group % 256 == 0 or 256 % group == 0)
         check(is_sound, f"group must be 16, 32, 64, 128 or a multiple of 256 frames, got {group}")
         is_packed, dim = heard[0].dtype == torch.uint8, width if is_latent else head
+        is_mixed = is_packed and heard[0].dim() == 4
         channels = -(-dim // CHANNELS) * CHANNELS if is_packed else dim
+        if is_mixed:
+            channels = latent = heard[2].shape[-1]
+            check(channels <= width and channels % CHANNELS == 0, f"channels must be up to {width}, got {channels}")
         sizes |= dict(audio_heads=1 if is_latent else heads, channels=channels, frames=frames)
         sizes |= dict(tiles=-(-frames // TILE), groups=-(-frames // group))
         fit("owner", owner, torch.int32, "rows")
         fit("lengths", lengths, torch.int32, "audios")
         if 0 not in bias.shape:
             fit("bias", bias, torch.float32, "audios frames")
-        layout = _STEP_HEARD_PACKED if is_packed else _STEP_HEARD
+        layout = _STEP_HEARD_MIXED if is_mixed else _STEP_HEARD_PACKED if is_packed else _STEP_HEARD
         for first in range(0, len(heard), len(_STEP_HEARD_PACKED)):
             for (name, wanted), tensor in zip(layout.items(), heard[first:]):
                 fit(name, tensor, *wanted)
-        if is_packed:
+        if is_packed and not is_mixed:
             strip = sizes["strip"]
             check(strip in (16, 8), f"audio keys must have 16 or 8 bytes a tile and channel, got {strip}")
 
     norm, square = (width,), (width, width, width)  # outputs, inputs, and of the bias
+    key, value, up = square, square, None
+    if rank:
+        key, value, up = (rank, width, rank), (width, rank, width), (heads * rank, head, 0)
     of_audio, norm_of_audio = (square, norm) if heard else (None, None)  # None: not read
-    keys, values = ((heads * width, head, 0), square) if is_latent else (None, None)
+    keys, values = ((heads * latent, head, 0), (width, latent, width)) if is_latent else (None, None)
     more = norm, (hidden, width, hidden), (width, hidden, width)
-    parts = norm, square, square, square, square, norm_of_audio, of_audio, keys, values, of_audio, *more
+    parts = norm, square, key, value, square, norm_of_audio, of_audio, keys, values, of_audio, *more, up
     for layer in range(layers):
         pairs = weights[2 * len(parts) * layer :]
         for part, wanted in enumerate(parts):
@@ -407,17 +450,11 @@ def _(
             elif wanted:
                 fit_matrix(weight, its_bias, *wanted)
         if is_latent:
-            of_values = pairs[2 * parts.index(keys) + 2]
+            of_values = pairs[2 * 8]
             check(of_values.dtype != torch.int32 or head % PANEL == 0, f"a head must be a multiple of {PANEL}")
     fit_vector(weights[-2], width)
     fit_vector(weights[-1], width)
     return x.new_empty(x.shape)
-
-
-def _check_groups(op, sizes):
-    heads, kv_heads = sizes["heads"], sizes["kv_heads"]
-    text = f"{op.name()}: query must have heads that are a multiple of {kv_heads} kv_heads, got {heads}"
-    torch._check(heads % kv_heads == 0, lambda: text)
 
 
 @torch.library.register_fake(gather_kept)

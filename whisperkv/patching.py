@@ -12,10 +12,11 @@ from . import encoder as encoders
 from . import searches
 from . import weights as matrices
 from .adoption import CacheAdoption
+from .calibration import Calibration
 from .compat import become
 from .config import CrossConfig, EvictionConfig
 from .decoder import FastDecoder
-from .eligible import ATTENTIONS, check_device, check_projections
+from .eligible import ATTENTIONS, check_calibrated, check_device, check_projections
 from .graphs import Graphs
 from .listener import EncoderListener
 from .records import Stats
@@ -69,6 +70,7 @@ def patch(
                 )
     check_device(decoder)
     check_projections(decoder, cross)
+    codes, low_rank = _calibrated(decoder, cross, eviction)
     encoder = _encoder(whisper)
     _check_encoder(encoder, whisper, cross)
     _refuse_while_generating(whisper, "patch")
@@ -87,7 +89,7 @@ def patch(
         become(decoder, FastDecoder)
     graphs = Graphs() if graphs and type(decoder) is FastDecoder else None
     steps = [graphs, Steps()] if graphs else [Steps()]
-    adoption = CacheAdoption(eviction, cross, listener, graphs, steps)
+    adoption = CacheAdoption(eviction, cross, listener, graphs, steps, codes, low_rank)
     adoption.weights_note = matrices.note_of(others, weights)
     decoder.register_forward_pre_hook(adoption, with_kwargs=True)
     searches.install(whisper, cross.share_beams)
@@ -144,6 +146,20 @@ def _decoder(whisper):
 
 def _encoder(whisper):
     return next((module for module in whisper.modules() if isinstance(module, WhisperEncoder)), None)
+
+
+def _calibrated(decoder, cross, eviction):
+    """What the files that were named say of codes of mixed bits and of a low-rank cache, or None."""
+    codes = low_rank = None
+    if cross.is_mixed:
+        check_calibrated(decoder, f"CrossConfig.format={cross.format!r} with a calibration")
+        codes = Calibration(cross.calibration, decoder, "CrossConfig.calibration").codes(cross.bits)
+    if eviction is not None and eviction.is_low_rank:
+        field = "EvictionConfig.keep"
+        check_calibrated(decoder, f"{field}={eviction.keep!r}")
+        calibration = Calibration(eviction.calibration, decoder, "EvictionConfig.calibration")
+        low_rank = calibration.low_rank(decoder, eviction.keep, field)
+    return codes, low_rank
 
 
 def _check_encoder(encoder, whisper, cross):

@@ -48,6 +48,7 @@ class DecodeRecord:
     padding: int  # left padding, over all rows
     frames: int
     eviction: EvictionConfig | None
+    rank: int | None = None  # numbers of a token in a layer, if they are not all
     audios: int = 0
     frames_kept: int = 0
     cross_bytes: int = 0
@@ -57,6 +58,7 @@ class DecodeRecord:
 
     def stats(self, decodes, note) -> Stats:
         token = 2 * self.layers * self.rows * self.width * self.item_size  # keys and values
+        ours = token if self.rank is None else self.layers * self.rows * self.rank * self.item_size
         state, evicted = 4 * 4 * self.rows, 0  # the cursor
         if self.eviction is not None:
             state += 2 * 4 * self.slots * self.rows  # positions and scores
@@ -69,7 +71,7 @@ class DecodeRecord:
             frames=self.frames,
             frames_kept=self.frames_kept,
             evicted=evicted,
-            self_bytes=token * self.slots + self.layers * state + self.spare_bytes,
+            self_bytes=ours * self.slots + self.layers * state + self.spare_bytes,
             self_bytes_transformers=token * self.tokens,
             cross_bytes=self.cross_bytes,
             cross_bytes_transformers=token * self.frames,

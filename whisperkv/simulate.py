@@ -39,6 +39,8 @@ def simulate_eviction(attention: ArrayLike, config: EvictionConfig, keys: ArrayL
     attention = _checked_attention(attention)
     steps, heads, tokens = attention.shape
     prompt = tokens - steps
+    if not config.evicts:
+        return np.arange(tokens) <= prompt + np.arange(steps)[:, None]
     keys = _checked_keys(keys, config.policy, tokens, heads)
     config.check_prompt(prompt)
 

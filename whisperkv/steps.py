@@ -14,7 +14,7 @@ from .compat import CACHE
 from .graphs import GRAPHS
 from .plain import are_filled, is_plain_step, layers_of
 from .snapshot import Snapshot, hooks_so_far
-from .weights import NONE, FastLinear, Packed, is_ours_to_multiply, is_readable, matrix_of
+from .weights import NONE, FastLinear, Packed, is_ours_to_multiply, is_readable, matrix_of, transpose_heads
 
 _POLICY = {name: number for number, (name, *_) in enumerate(ops.POLICIES)}
 _NO_CACHE = [torch.empty(0)] * 2  # positions and scores of a layer that evicts nothing
@@ -35,20 +35,20 @@ class Steps:
             return None
         shared = layers[0].shared
         if shared.reading is None or shared.reading.is_stale(decoder, audio_layers):
-            shared.reading = Reading(decoder, layers[0], audio_layers)
+            shared.reading = Reading(decoder, layers, audio_layers)
         return shared.reading.step(decoder, ids, given.get("position_ids"), layers, audio_layers)
 
 
 class Reading:
     """What the steps of a decode read beside the cache of the self-attention: gathered once, as it stays the same."""
 
-    def __init__(self, decoder, layer, audio_layers):
+    def __init__(self, decoder, layers, audio_layers):
         snapshot = Snapshot(decoder)
         self.hooks, self.embeddings = hooks_so_far(), snapshot.embeddings
         self.heard, self.keys = [], audio_layers[0].keys_of_audios if audio_layers else None
         self.weights = None  # while there are none, steps are not for us
         if snapshot.is_plain and not snapshot.is_hooked and decoder.config.activation_function == "gelu":
-            self._gather(decoder, layer, audio_layers)
+            self._gather(decoder, layers, audio_layers)
 
     def __reduce__(self):
         return type(None), ()  # a copy of the cache gathers its own
@@ -89,7 +89,8 @@ class Reading:
             layer.count(1)
         return output[:, None]
 
-    def _gather(self, decoder, layer, audio_layers):
+    def _gather(self, decoder, layers, audio_layers):
+        layer = layers[0]
         heads, scales, formats, epsilons, weights = layer.heads, set(), set(), set(), []
         hears = bool(audio_layers)
         self.is_latent = hears and audio_layers[0].config.is_latent
@@ -106,26 +107,46 @@ class Reading:
             formats.add(matrix.format)
             weights.extend((matrix.weight, matrix.bias))
 
+        codes = audio_layers[0].audios.codes if hears else None
+
         def by_head(linear):
             """What each head's query is multiplied with, in the latent formats."""
             if "by_head" not in vars(linear):
                 linear.by_head = Packed(linear.packed.format, functools.partial(transpose_heads, heads))
             return linear.by_head
 
-        for each in decoder.layers:
+        def add_rotated(attention):
+            packed = codes.packed(attention, attention.k_proj.packed.format)
+            linears = attention.k_proj, attention.v_proj
+            key, value = (each.of(linear.weight) for each, linear in zip(packed, linears))
+            weights.extend((key, NONE, value, codes.bias(attention.v_proj)))
+
+        def add_latents(low, format):
+            down, key_up, up = low.matrices(format)
+            weights[-6:-2] = [down, low.down_bias, up, low.offset[1].flatten()]
+            return key_up, NONE
+
+        for index, each in enumerate(decoder.layers):
             own, cross = each.self_attn, each.encoder_attn
             scales.update((own.scaling, cross.scaling))
             add_norm(each.self_attn_layer_norm)
             for linear in (own.q_proj, own.k_proj, own.v_proj, own.out_proj):
                 add(linear)
+            key_up = NONE, NONE
+            if layers[index].low_rank is not None:
+                key_up = add_latents(layers[index].low_rank.follow(own), own.k_proj.packed.format)
             add_norm(each.encoder_attn_layer_norm)
             add(cross.q_proj)
-            add(cross.k_proj, by_head(cross.k_proj) if self.is_latent else None)
-            for linear in (cross.v_proj, cross.out_proj):
-                add(linear)
+            if codes is None:
+                add(cross.k_proj, by_head(cross.k_proj) if self.is_latent else None)
+                add(cross.v_proj)
+            else:
+                add_rotated(cross)
+            add(cross.out_proj)
             add_norm(each.final_layer_norm)
             for linear in (each.fc1, each.fc2):
                 add(linear)
+            weights.extend(key_up)
         add_norm(decoder.layer_norm)
 
         width, hidden = decoder.config.d_model, decoder.config.decoder_ffn_dim
@@ -135,7 +156,10 @@ class Reading:
         is_packed = self.format != ops.AS_FLOAT32
         if width % ops.PANEL or hidden % ops.PANEL or math.frexp(self.scale)[0] != 0.5:
             return
-        if self.is_latent and is_packed and width // heads % ops.PANEL:
+        low_rank = layer.low_rank
+        if (self.is_latent or low_rank) and is_packed and width // heads % ops.PANEL:
+            return
+        if low_rank and is_packed and low_rank.rank % ops.PANEL:
             return
         if any(weight.dtype != torch.float32 for weight in weights if weight.dtype != torch.int32):
             return
@@ -151,8 +175,3 @@ class Reading:
             if self.heard[0].dtype not in (torch.float32, torch.uint8):
                 return
         self.weights = [weight.detach() for weight in weights]
-
-
-def transpose_heads(heads, weight):
-    """[heads * head_dim, width] as [heads * width, head_dim]."""
-    return weight.unflatten(0, (heads, -1)).transpose(1, 2).flatten(0, 1)

@@ -154,6 +154,11 @@ def is_ours_to_multiply(x):
     )
 
 
+def transpose_heads(heads, weight):
+    """[heads * head_dim, width] as [heads * width, head_dim]."""
+    return weight.unflatten(0, (heads, -1)).transpose(1, 2).flatten(0, 1)
+
+
 def needs_grad(*tensors):
     return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
 

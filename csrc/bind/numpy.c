@@ -148,6 +148,7 @@ static PyObject *compact_attention(PyObject *const module, PyObject *const args,
   struct wkv_attention a = {.query = data_of("query", query, &tokens)};
   if (!a.query) return NULL;
   a.rows = tokens.shape[0], a.tokens = tokens.shape[1], a.heads = tokens.shape[2], a.head_dim = tokens.shape[3];
+  a.kv_heads = a.heads;
   a.dtype = tokens.type == NPY_FLOAT32 ? WKV_FLOAT32 : WKV_FLOAT16;
   struct expected cache = {4, {a.rows, a.heads, ANY, a.head_dim}, tokens.type, NPY_ARRAY_CARRAY};
   struct expected places = {2, {WKV_CURSORS, a.rows}, NPY_INT32, NPY_ARRAY_CARRAY_RO};

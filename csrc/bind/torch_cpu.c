@@ -62,7 +62,8 @@ bool is_sound(struct call *const call, const struct wkv_attention *const a) {
 }
 
 bool attend_sound(struct call *const call, const struct wkv_attention *const a) {
-  return share_out(call, a->rows * a->heads, 2.0 * a->tokens * a->slots * a->head_dim, attend, (void *)a);
+  const double group = (double)(a->heads / a->kv_heads);
+  return share_out(call, a->rows * a->kv_heads, 2.0 * group * a->tokens * a->slots * a->head_dim, attend, (void *)a);
 }
 
 bool device_attend(struct call *const call, const struct wkv_attention *const a) {
@@ -139,7 +140,18 @@ void end_cross(struct wkv_cross_attention *const a) {
   free(a->totals);
 }
 
+bool copy_mixed(struct call *const call, struct wkv_cross_attention *const a) {
+  if (a->bits != WKV_MIXED) return true;
+  const int64_t channels = padded_channels(a->head_dim);
+  float *const copy = borrow(call, 3 * channels);
+  if (!copy) return fail(call, "no memory for the scales of %lld channels", (long long)channels);
+  memcpy(copy, a->key_scales, (size_t)(3 * channels) * sizeof *copy);
+  a->key_scales = a->value_scales = copy;
+  return !wkv_check_mixed(copy, channels, a->tile_bytes, call->error, sizeof call->error);
+}
+
 bool device_attend_cross(struct call *const call, struct wkv_cross_attention *const a) {
+  if (!copy_mixed(call, a)) return false;
   int32_t *const owner = copy_checked(call, a->owner, a->rows, a->lengths, a->audios, a->frames);
   a->owner = owner;
   a->lengths = owner ? owner + a->rows : NULL;

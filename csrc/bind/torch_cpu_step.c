@@ -10,7 +10,7 @@ struct room {
   float *normed, *query, *key, *value; /* [rows, width] */
   float *mixed;                        /* [rows, width]: what an attention says */
   float *hidden;                       /* [rows, hidden] */
-  float *folded, *heard;               /* [rows, heads, width]: of the latent formats */
+  float *folded, *heard;               /* [rows, heads, width]: of latents, which have so many channels at most */
   float *weights;                      /* [rows, heads, slots]: of the policies that read them */
   uint32_t *ready;                     /* of rows, or of the rows of every head */
   struct wkv_step *steps;
@@ -80,17 +80,18 @@ static struct wkv_attention attention_of(const struct step *const s, const struc
       .rows = s->rows,
       .tokens = 1,
       .heads = s->heads,
+      .kv_heads = s->rank ? 1 : s->heads,
       .slots = s->slots,
-      .head_dim = s->width / s->heads,
+      .head_dim = s->rank ? s->rank : s->width / s->heads,
       .dtype = WKV_FLOAT32,
-      .query = room->query,
+      .query = s->rank ? room->folded : room->query,
       .key = room->key,
-      .value = room->value,
+      .value = s->rank ? NULL : room->value,
       .keys = layer->keys,
       .values = layer->values,
       .cursor = layer->cursor,
       .sources = s->sources,
-      .output = room->mixed,
+      .output = s->rank ? room->heard : room->mixed,
       .weights = room->weights,
       .scale = s->scale,
   };
@@ -105,8 +106,41 @@ static bool are_cursors_sound(struct call *const call, const struct step *const 
   return true;
 }
 
+/* Each head's query times its keys' weights; what each head heard times its values' weights. The matrix of a head is a
+ * part of the whole one. */
+static bool multiply_heads(struct call *const call, const struct step *const s, const struct room *const room,
+                           const float *const x, const int64_t inputs, const int64_t stride, const struct matrix matrix,
+                           const int64_t outputs, float *const output, const int64_t output_stride) {
+  const int64_t panels = outputs / WKV_PANEL * wkv_panel_words(s->format, inputs);
+  for (int64_t h = 0; h < s->heads; h++) {
+    struct wkv_rows rows = rows_of(s, room, x + h * inputs, inputs, stride, h * s->rows);
+    struct matrix part = matrix;
+    part.weight = matrix.is_packed ? (const void *)((const uint32_t *)matrix.weight + h * panels)
+                                   : (const void *)((const float *)matrix.weight + h * outputs * inputs);
+    part.bias = matrix.bias ? matrix.bias + h * outputs : NULL;
+    if (!ready(call, &rows, (struct norm){0})) return false;
+    room->by_head[h] = linear_of(&rows, part, outputs, output + h * outputs, output_stride);
+  }
+  return multiply_all(call, room->by_head, (int)s->heads);
+}
+
+static bool attend_latents(struct call *const call, const struct step *const s, const struct room *const room,
+                           const struct step_layer *const layer, float *const x) {
+  const int64_t width = s->width, head_dim = width / s->heads, whole = s->heads * s->rank;
+  struct wkv_rows rows = rows_of(s, room, x, width, width, 0);
+  const struct wkv_linear projections[] = {linear_of(&rows, layer->query, width, room->query, width),
+                                           linear_of(&rows, layer->key, s->rank, room->key, s->rank)};
+  const struct wkv_attention attention = attention_of(s, room, layer);
+  return ready(call, &rows, layer->before_self) && multiply_all(call, projections, 2) &&
+         multiply_heads(call, s, room, room->query, head_dim, width, layer->key_up, s->rank, room->folded, whole) &&
+         attend_sound(call, &attention) &&
+         multiply_heads(call, s, room, room->heard, s->rank, whole, layer->value, head_dim, room->mixed, width) &&
+         add_product(call, s, room, room->mixed, width, layer->out, x);
+}
+
 static bool attend_self(struct call *const call, const struct step *const s, const struct room *const room,
                         const struct step_layer *const layer, float *const x) {
+  if (s->rank) return attend_latents(call, s, room, layer, x);
   struct wkv_rows rows = rows_of(s, room, x, s->width, s->width, 0);
   const struct wkv_linear projections[] = {linear_of(&rows, layer->query, s->width, room->query, s->width),
                                            linear_of(&rows, layer->key, s->width, room->key, s->width),
@@ -149,41 +183,25 @@ static bool move_on(struct call *const call, const struct step *const s, const s
 
 /* ---- cross-attention ---- */
 
-/* Each head's query times its keys' weights; what each head heard times its values' weights. The matrix of a head is a
- * part of the whole one. */
-static bool multiply_heads(struct call *const call, const struct step *const s, const struct room *const room,
-                           const float *const x, const int64_t inputs, const int64_t stride, const struct matrix matrix,
-                           const int64_t outputs, float *const output, const int64_t output_stride) {
-  const int64_t panels = outputs / WKV_PANEL * wkv_panel_words(s->format, inputs);
-  for (int64_t h = 0; h < s->heads; h++) {
-    struct wkv_rows rows = rows_of(s, room, x + h * inputs, inputs, stride, h * s->rows);
-    struct matrix part = matrix;
-    part.weight = matrix.is_packed ? (const void *)((const uint32_t *)matrix.weight + h * panels)
-                                   : (const void *)((const float *)matrix.weight + h * outputs * inputs);
-    part.bias = matrix.bias ? matrix.bias + h * outputs : NULL;
-    if (!ready(call, &rows, (struct norm){0})) return false;
-    room->by_head[h] = linear_of(&rows, part, outputs, output + h * outputs, output_stride);
-  }
-  return multiply_all(call, room->by_head, (int)s->heads);
-}
-
 static bool attend_cross(struct call *const call, const struct step *const s, const struct room *const room,
                          const struct step_layer *const layer, struct wkv_cross_attention *const audio,
                          float *const x) {
-  const int64_t width = s->width, whole = s->heads * width, head_dim = width / s->heads;
+  const int64_t width = s->width, latent = s->latent, whole = s->heads * latent, head_dim = width / s->heads;
   struct wkv_rows rows = rows_of(s, room, x, width, width, 0);
   const struct wkv_linear projection = linear_of(&rows, layer->cross_query, width, room->query, width);
   audio->keys = layer->audio_keys;
   audio->values = layer->audio_values;
-  audio->key_scales = layer->key_scales;
-  audio->value_scales = layer->value_scales;
+  if (s->bits != WKV_MIXED) { /* of which there are copies, the same for all layers */
+    audio->key_scales = layer->key_scales;
+    audio->value_scales = layer->value_scales;
+  }
   if (!ready(call, &rows, layer->before_cross) || !multiply_all(call, &projection, 1)) return false;
   if (s->is_latent) {
     audio->query = room->folded;
     audio->output = room->heard;
-    if (!multiply_heads(call, s, room, room->query, head_dim, width, layer->cross_key, width, room->folded, whole) ||
+    if (!multiply_heads(call, s, room, room->query, head_dim, width, layer->cross_key, latent, room->folded, whole) ||
         !run_cross(call, audio) ||
-        !multiply_heads(call, s, room, room->heard, width, whole, layer->cross_value, head_dim, room->mixed, width))
+        !multiply_heads(call, s, room, room->heard, latent, whole, layer->cross_value, head_dim, room->mixed, width))
       return false;
   } else {
     audio->query = room->query;
@@ -232,7 +250,7 @@ static float *piece(char *const block, int64_t *const bytes, const int64_t numbe
 }
 
 static int64_t furnish(const struct step *const s, char *const block, struct room *const room, float **const x) {
-  const int64_t rows = s->rows, width = rows * s->width, by_head = s->is_latent ? rows * s->heads : 0;
+  const int64_t rows = s->rows, width = rows * s->width, by_head = s->is_latent || s->rank ? rows * s->heads : 0;
   const int64_t widest = larger_of(s->width, s->hidden);
   int64_t bytes = 0;
   *x = piece(block, &bytes, width);
@@ -267,18 +285,21 @@ bool device_step(struct call *const call, const struct step *const s) {
       .rows = s->rows,
       .tokens = s->is_latent ? s->heads : 1,
       .heads = s->is_latent ? 1 : s->heads,
-      .head_dim = s->is_latent ? s->width : s->width / s->heads,
+      .head_dim = s->is_latent ? s->latent : s->width / s->heads,
       .audios = s->audios,
       .frames = s->frames,
       .dtype = WKV_FLOAT32,
       .bits = s->bits,
       .group = s->group,
+      .tile_bytes = s->tile_bytes,
+      .key_scales = s->layer[0].key_scales,
+      .value_scales = s->layer[0].value_scales,
       .owner = owner,
       .lengths = owner ? owner + s->rows : NULL,
       .bias = s->bias,
       .scale = s->scale,
   };
-  const bool is_planned = owner && plan_cross(call, &audio);
+  const bool is_planned = owner && copy_mixed(call, &audio) && plan_cross(call, &audio);
   const bool done = (!s->audios || is_planned) && are_cursors_sound(call, s, &room) && run(call, s, &room, &audio, x);
   if (owner) end_cross(&audio);
   free(owner);

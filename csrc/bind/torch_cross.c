@@ -72,10 +72,26 @@ static const struct argument packed_arguments[CROSS_TENSORS] = {
     [COUNTERS] = COUNTERS_ARGUMENT,
 };
 
+static const struct argument mixed_arguments[CROSS_TENSORS] = {
+    [QUERY] = QUERY_ARGUMENT,
+    [KEYS] = {"keys", TORCH_DTYPE_uint8, 4, {AUDIOS, HEADS, TILES, TILE_BYTES}},
+    [VALUES] = {"values", TORCH_DTYPE_uint8, 4, {AUDIOS, HEADS, TILES, TILE_BYTES}},
+    [KEY_SCALES] = {"key_scales", TORCH_DTYPE_float32, 2, {TRIPLE, CHANNELS}},
+    [VALUE_SCALES] = {"value_scales", TORCH_DTYPE_float32, 2, {TRIPLE, CHANNELS}},
+    [OWNER] = OWNER_ARGUMENT,
+    [LENGTHS] = LENGTHS_ARGUMENT,
+    [BIAS] = BIAS_ARGUMENT,
+    [COUNTERS] = COUNTERS_ARGUMENT,
+};
+
 /* A packed cache is as large as `frames` and `group` say. */
-static bool fits(struct call *const call, const int64_t frames, const int64_t group) {
-  const int64_t *const size = call->sizes, channels = padded_channels(size[DIM]);
-  if (size[STRIP] != 16 && size[STRIP] != 8)
+static bool fits(struct call *const call, const bool is_mixed, const int64_t frames, const int64_t group) {
+  int64_t *const size = call->sizes;
+  const int64_t channels = padded_channels(size[DIM]);
+  if (is_mixed) size[GROUPS] = wkv_count_of(frames, group);
+  if (is_mixed && (call->data[KEYS] != call->data[VALUES] || call->data[KEY_SCALES] != call->data[VALUE_SCALES]))
+    return fail(call, "keys and values of mixed bits must be the same tensor");
+  if (!is_mixed && size[STRIP] != 16 && size[STRIP] != 8)
     return fail(call, "keys must have 16 bytes (8 bits) or 8 bytes (4 bits) a tile and channel, got %lld",
                 (long long)size[STRIP]);
   if (size[DIM] > WKV_MOST_CHANNELS)
@@ -93,7 +109,11 @@ static bool fits(struct call *const call, const int64_t frames, const int64_t gr
 
 static bool cross_attention(struct call *const call, const StableIValue *const numbers) {
   const bool is_packed = dtype_of(call, KEYS) == TORCH_DTYPE_uint8;
-  const struct argument *const arguments = is_packed ? packed_arguments : plain_arguments;
+  int64_t dim = 0;
+  const bool is_mixed = is_packed && !shim.aoti_torch_get_dim(call->tensors[KEYS], &dim) && dim == 4;
+  const struct argument *const arguments = is_mixed    ? mixed_arguments
+                                           : is_packed ? packed_arguments
+                                                       : plain_arguments;
   const int64_t frames = (int64_t)numbers[0], group = (int64_t)numbers[1];
   const double scale = as_double(numbers[2]);
   const bool want_weights = as_bool(numbers[3]);
@@ -103,7 +123,7 @@ static bool cross_attention(struct call *const call, const StableIValue *const n
     const bool is_left_out = (i == BIAS || i == COUNTERS) && is_empty(call, i);
     if (arguments[i].name && !is_left_out && !accept(call, i, &arguments[i], true)) return false;
   }
-  if (is_packed && (!is_group(call, group) || !fits(call, frames, group))) return false;
+  if (is_packed && (!is_group(call, group) || !fits(call, is_mixed, frames, group))) return false;
   const int64_t *const size = call->sizes, none = 0;
   const int64_t output_shape[] = {size[ROWS], size[TOKENS], size[HEADS], size[DIM]};
   const int64_t weights_shape[] = {size[ROWS], size[HEADS], size[TOKENS], size[FRAMES]};
@@ -121,7 +141,8 @@ static bool cross_attention(struct call *const call, const StableIValue *const n
       .audios = size[AUDIOS],
       .frames = size[FRAMES],
       .dtype = (enum wkv_dtype)call->cache_dtype,
-      .bits = is_packed ? (int)size[STRIP] / 2 : 0,
+      .bits = is_mixed ? WKV_MIXED : is_packed ? (int)size[STRIP] / 2 : 0,
+      .tile_bytes = is_mixed ? size[TILE_BYTES] : 0,
       .group = group,
       .query = call->data[QUERY],
       .keys = call->data[KEYS],

@@ -61,6 +61,7 @@ bool device_evict(struct call *const call, const struct wkv_eviction *const e) {
 bool device_pack(struct call *const call, const struct wkv_packing *const p) { return launch(call, pack, p); }
 
 bool device_attend_cross(struct call *const call, struct wkv_cross_attention *const a) {
+  if (a->bits == WKV_MIXED) return fail(call, "there are no CUDA kernels for keys of mixed bits");
   if (a->rows == 0) return true;
   wkv_cuda_cross_plan(a);
   if (a->splits > 1 || a->weights) {

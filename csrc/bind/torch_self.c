@@ -10,18 +10,26 @@
 enum { QUERY, KEY, VALUE, KEYS, VALUES, CURSOR, SOURCES, ATTENTION_TENSORS };
 static const struct argument attention_arguments[ATTENTION_TENSORS] = {
     [QUERY] = {"query", CACHE, 4, {ROWS, TOKENS, HEADS, DIM}},
-    [KEY] = {"key", CACHE, 4, {ROWS, TOKENS, HEADS, DIM}},
-    [VALUE] = {"value", CACHE, 4, {ROWS, TOKENS, HEADS, DIM}},
-    [KEYS] = {"keys", CACHE, 4, {ROWS, HEADS, SLOTS, DIM}},
-    [VALUES] = {"values", CACHE, 4, {ROWS, HEADS, SLOTS, DIM}},
+    [KEY] = {"key", CACHE, 4, {ROWS, TOKENS, KV_HEADS, DIM}},
+    [VALUE] = {"value", CACHE, 4, {ROWS, TOKENS, KV_HEADS, DIM}},
+    [KEYS] = {"keys", CACHE, 4, {ROWS, KV_HEADS, SLOTS, DIM}},
+    [VALUES] = {"values", CACHE, 4, {ROWS, KV_HEADS, SLOTS, DIM}},
     [CURSOR] = {"cursor", TORCH_DTYPE_int32, 2, {CURSORS, ROWS}},
     [SOURCES] = {"sources", TORCH_DTYPE_int32, 2, {ROWS, SLOTS}},
 };
 
 static bool compact_attention(struct call *const call, const StableIValue *const numbers) {
   const int given = is_empty(call, SOURCES) ? SOURCES : ATTENTION_TENSORS;
-  for (int i = 0; i < given; i++)
+  /* Latents have no values. Where rows are none, keys are empty too. */
+  const bool is_latent = is_empty(call, VALUES) && !is_empty(call, KEYS);
+  for (int i = 0; i < given; i++) {
+    if (i == KEY && !is_latent) call->sizes[KV_HEADS] = call->sizes[HEADS];
+    if (is_latent && (i == VALUE || i == VALUES)) continue;
     if (!accept(call, i, &attention_arguments[i], true)) return false;
+  }
+  if (is_latent && call->sizes[HEADS] % call->sizes[KV_HEADS])
+    return fail(call, "query must have heads that are a multiple of %lld kv_heads, got %lld",
+                (long long)call->sizes[KV_HEADS], (long long)call->sizes[HEADS]);
   const double scale = as_double(numbers[0]);
   const bool want_weights = as_bool(numbers[1]);
   const int64_t *const size = call->sizes, none = 0;
@@ -37,6 +45,7 @@ static bool compact_attention(struct call *const call, const StableIValue *const
       .rows = size[ROWS],
       .tokens = size[TOKENS],
       .heads = size[HEADS],
+      .kv_heads = size[KV_HEADS],
       .slots = size[SLOTS],
       .head_dim = size[DIM],
       .dtype = (enum wkv_dtype)call->cache_dtype,
@@ -44,7 +53,7 @@ static bool compact_attention(struct call *const call, const StableIValue *const
       .key = call->data[KEY],
       .value = call->data[VALUE],
       .keys = call->data[KEYS],
-      .values = call->data[VALUES],
+      .values = is_latent ? NULL : call->data[VALUES],
       .cursor = call->data[CURSOR],
       .sources = call->data[SOURCES],
       .output = output,

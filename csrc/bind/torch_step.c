@@ -25,6 +25,8 @@ static const struct argument caches[CACHES_OF_LAYER] = {
     [SCORES] = {"scores", TORCH_DTYPE_float32, 2, {ROWS, SLOTS}},
 };
 
+static const struct argument latents = {"keys", TORCH_DTYPE_float32, 4, {ROWS, KV_HEADS, SLOTS, RANK}};
+
 enum { AUDIO_KEYS, AUDIO_VALUES, KEY_SCALES, VALUE_SCALES, HEARD_OF_LAYER };
 static const struct argument plain[HEARD_OF_LAYER] = {
     [AUDIO_KEYS] = {"audio keys", TORCH_DTYPE_float32, 4, {AUDIOS, AUDIO_HEADS, FRAMES, CHANNELS}},
@@ -37,10 +39,17 @@ static const struct argument packed[HEARD_OF_LAYER] = {
     [VALUE_SCALES] = {"value scales", TORCH_DTYPE_float32, 5, {AUDIOS, AUDIO_HEADS, GROUPS, PAIR, CHANNELS}},
 };
 
+static const struct argument mixed[HEARD_OF_LAYER] = {
+    [AUDIO_KEYS] = {"audio keys", TORCH_DTYPE_uint8, 4, {AUDIOS, AUDIO_HEADS, TILES, TILE_BYTES}},
+    [AUDIO_VALUES] = {"audio values", TORCH_DTYPE_uint8, 4, {AUDIOS, AUDIO_HEADS, TILES, TILE_BYTES}},
+    [KEY_SCALES] = {"key scales", TORCH_DTYPE_float32, 2, {TRIPLE, CHANNELS}},
+    [VALUE_SCALES] = {"value scales", TORCH_DTYPE_float32, 2, {TRIPLE, CHANNELS}},
+};
+
 /* Weight, bias, weight, bias, ... */
 enum {
   NORM_SELF, QUERY, KEY, VALUE, OUT, NORM_CROSS, CROSS_QUERY, CROSS_KEY, CROSS_VALUE, CROSS_OUT, NORM_HIDDEN, FIRST,
-  SECOND, WEIGHTS_OF_LAYER
+  SECOND, KEY_UP, WEIGHTS_OF_LAYER
 };
 static const struct argument vector = {"a bias or norm", TORCH_DTYPE_float32, 1, {OUTPUTS}};
 static const struct argument matrix_in_place = {"a weight", TORCH_DTYPE_float32, 2, {OUTPUTS, INPUTS}};
@@ -80,12 +89,24 @@ static bool is_whole(struct call *const call, const char *const name, const int6
  * bias of the keys would add to all logits alike, softmax drops. */
 static bool take_parts(struct call *const call, const struct step *const s, const int i,
                        struct step_layer *const layer) {
-  const int64_t d = s->width, head = d / s->heads;
+  const int64_t d = s->width, head = d / s->heads, latent = s->latent;
   const int key = i + 2 * CROSS_KEY, value = i + 2 * CROSS_VALUE;
   if (!is_empty(call, key + 1)) return fail(call, "the weights of the audio's keys must come without a bias");
-  return take_matrix(call, s->format, key, s->heads * d, head, d, &layer->cross_key) &&
-         take_matrix(call, s->format, value, d, d, d, &layer->cross_value) &&
+  return take_matrix(call, s->format, key, s->heads * latent, head, d, &layer->cross_key) &&
+         take_matrix(call, s->format, value, d, latent, d, &layer->cross_value) &&
          (!layer->cross_value.is_packed || is_whole(call, "a head of packed weights", head, WKV_PANEL));
+}
+
+/* The same of the self-attention's latents: what makes them of a state, and what makes keys and values of them. */
+static bool take_latents(struct call *const call, const struct step *const s, const int i,
+                         struct step_layer *const layer) {
+  const int64_t d = s->width, head = d / s->heads, rank = s->rank;
+  if (!is_empty(call, i + 2 * KEY_UP + 1)) return fail(call, "what makes keys of latents must come without a bias");
+  return take_matrix(call, s->format, i + 2 * KEY, rank, d, rank, &layer->key) &&
+         take_matrix(call, s->format, i + 2 * VALUE, d, rank, d, &layer->value) &&
+         take_matrix(call, s->format, i + 2 * KEY_UP, s->heads * rank, head, d, &layer->key_up) &&
+         (!layer->value.is_packed || is_whole(call, "a head of packed weights", head, WKV_PANEL)) &&
+         (!layer->key_up.is_packed || is_whole(call, "the rank of packed weights", rank, WKV_PANEL));
 }
 
 static bool take_weights(struct call *const call, struct step *const s) {
@@ -96,8 +117,10 @@ static bool take_weights(struct call *const call, struct step *const s) {
 #define NORM(which, norm) take_norm(call, at + 2 * which, &layer->norm)
 #define MATRIX(which, outputs, inputs, biases, matrix) \
   take_matrix(call, s->format, at + 2 * which, outputs, inputs, biases, &layer->matrix)
-    if (!NORM(NORM_SELF, before_self) || !MATRIX(QUERY, d, d, d, query) || !MATRIX(KEY, d, d, d, key) ||
-        !MATRIX(VALUE, d, d, d, value) || !MATRIX(OUT, d, d, d, out) || !NORM(NORM_HIDDEN, before_hidden) ||
+    if (s->rank ? !take_latents(call, s, at, layer)
+                : !MATRIX(KEY, d, d, d, key) || !MATRIX(VALUE, d, d, d, value))
+      return false;
+    if (!NORM(NORM_SELF, before_self) || !MATRIX(QUERY, d, d, d, query) || !MATRIX(OUT, d, d, d, out) || !NORM(NORM_HIDDEN, before_hidden) ||
         !MATRIX(FIRST, h, d, h, first) || !MATRIX(SECOND, d, h, d, second))
       return false;
     if (s->audios && (!NORM(NORM_CROSS, before_cross) || !MATRIX(CROSS_QUERY, d, d, d, cross_query) ||
@@ -114,10 +137,15 @@ static bool take_caches(struct call *const call, struct step *const s) {
   for (int64_t i = 0; i < s->layers; i++) {
     struct step_layer *const layer = &s->layer[i];
     const int at = call->first[CACHES] + (int)(CACHES_OF_LAYER * i);
+    const bool is_latent = is_empty(call, at + VALUES) && !is_empty(call, at + KEYS); /* which have no values */
+    if (is_latent) call->sizes[KV_HEADS] = 1;
     for (int c = 0; c < (s->policy < 0 ? POSITIONS : CACHES_OF_LAYER); c++)
-      if (!accept(call, at + c, &caches[c], true)) return false;
+      if (!(is_latent && c == VALUES) && !accept(call, at + c, is_latent && c == KEYS ? &latents : &caches[c], true))
+        return false;
+    if (i > 0 && is_latent != (s->rank > 0)) return fail(call, "the layers must all hold latents, or none");
+    s->rank = is_latent ? call->sizes[RANK] : 0;
     layer->keys = call->data[at + KEYS];
-    layer->values = call->data[at + VALUES];
+    layer->values = is_latent ? NULL : call->data[at + VALUES];
     layer->cursor = call->data[at + CURSOR];
     layer->positions = s->policy < 0 ? NULL : call->data[at + POSITIONS];
     layer->scores = s->policy < 0 ? NULL : call->data[at + SCORES];
@@ -125,13 +153,28 @@ static bool take_caches(struct call *const call, struct step *const s) {
   return true;
 }
 
+/* Of mixed bits all layers read the same latents, as keys and as values. */
+static bool are_one(struct call *const call, const struct step *const s) {
+  const struct step_layer *const first = &s->layer[0];
+  for (int64_t i = 0; i < s->layers; i++) {
+    const struct step_layer *const layer = &s->layer[i];
+    if (layer->audio_keys != first->audio_keys || layer->audio_values != first->audio_keys ||
+        layer->key_scales != first->key_scales || layer->value_scales != first->key_scales)
+      return fail(call, "audio keys and values of mixed bits must be the same tensor in all layers");
+  }
+  return true;
+}
+
 static bool take_audios(struct call *const call, struct step *const s, const int64_t frames) {
   int64_t *const size = call->sizes;
   const bool is_packed = dtype_of(call, call->first[HEARD]) == TORCH_DTYPE_uint8;
-  const struct argument *const arguments = is_packed ? packed : plain;
+  int64_t sides = 0;
+  const bool is_mixed = is_packed && !shim.aoti_torch_get_dim(call->tensors[call->first[HEARD]], &sides) && sides == 4;
+  const struct argument *const arguments = is_mixed ? mixed : is_packed ? packed : plain;
+  if (is_mixed && !s->is_latent) return fail(call, "audio keys of mixed bits are of latents");
   size[AUDIO_HEADS] = s->is_latent ? 1 : s->heads;
   const int64_t dim = s->is_latent ? s->width : s->width / s->heads;
-  size[CHANNELS] = is_packed ? padded_channels(dim) : dim;
+  if (!is_mixed) size[CHANNELS] = is_packed ? padded_channels(dim) : dim;
   size[FRAMES] = frames;
   size[TILES] = wkv_count_of(frames, WKV_TILE);
   size[GROUPS] = is_packed ? wkv_count_of(frames, s->group) : 0;
@@ -148,9 +191,15 @@ static bool take_audios(struct call *const call, struct step *const s, const int
     layer->key_scales = is_packed ? call->data[at + KEY_SCALES] : NULL;
     layer->value_scales = is_packed ? call->data[at + VALUE_SCALES] : NULL;
   }
-  if (is_packed && size[STRIP] != 16 && size[STRIP] != 8)
+  if (is_packed && !is_mixed && size[STRIP] != 16 && size[STRIP] != 8)
     return fail(call, "audio keys must have 16 or 8 bytes a tile and channel, got %lld", (long long)size[STRIP]);
-  s->bits = is_packed ? (int)size[STRIP] / 2 : 0;
+  if (is_mixed && !are_one(call, s)) return false;
+  if (is_mixed && (size[CHANNELS] > s->width || size[CHANNELS] % WKV_CHANNELS))
+    return fail(call, "key scales must have a multiple of %d channels, %lld at most, got %lld", WKV_CHANNELS,
+                (long long)s->width, (long long)size[CHANNELS]);
+  s->latent = is_mixed ? size[CHANNELS] : s->width;
+  s->tile_bytes = is_mixed ? size[TILE_BYTES] : 0;
+  s->bits = is_mixed ? WKV_MIXED : is_packed ? (int)size[STRIP] / 2 : 0;
   s->audios = size[AUDIOS];
   s->frames = frames;
   s->owner = call->data[OWNER];
@@ -221,6 +270,7 @@ static bool decoder_step(struct call *const call, const StableIValue *const numb
   size[HEAD] = s.width / heads;
   bool done = take_caches(call, &s);
   s.slots = size[SLOTS];
+  done = done && (!s.rank || is_within(call, "rank", s.rank, 1, s.width));
   done = done && (is_empty(call, SOURCES) || accept(call, SOURCES, &tensors[SOURCES], true));
   s.sources = done && !is_empty(call, SOURCES) ? call->data[SOURCES] : NULL;
   done = done && (policy < 0 || (is_within(call, "budget", budget, 1, s.slots) &&

@@ -2,6 +2,7 @@
  * go over each block of frames together. Two ways to do a block, for caches of floats and for packed ones; the softmax
  * around them is the same. */
 #include "cross_floats.h"
+#include "cross_mixed.h"
 #include "cross_packed.h"
 #include "isa.h"
 
@@ -10,10 +11,12 @@ INLINE void attend(const enum wkv_dtype dtype, const int bits, const bool is_nar
   for (int64_t b = first_block; b < last_block; b++) {
     const int64_t first = b * block, frames = least(block, w->length - first);
     if (frames <= 0) return;
-    if (bits) score_codes(bits, w, first, frames);
+    const int64_t place = w->mixed ? 0 : first;
+    if (w->mixed) unpack_block(w, first, frames);
+    if (bits) score_codes(bits, w, place, frames);
     else score_floats(dtype, is_narrow, false, w, first, frames);
     for (int64_t q = 0; q < w->queries; q++) soften(w, q, first, frames);
-    if (bits) mix_codes(bits, is_narrow, w, first, frames);
+    if (bits) mix_codes(bits, is_narrow, w, place, frames);
     else mix_floats(dtype, false, w, first, frames);
   }
 }
@@ -41,6 +44,9 @@ INLINE void take_buffers(const enum wkv_dtype dtype, const int bits, struct work
   w->query_codes = take(&scratch, WKV_TOGETHER * channels);
   w->weight_codes = take(&scratch, WKV_TOGETHER * WKV_BLOCK);
   w->weight_lanes = take(&scratch, WKV_TOGETHER * WKV_BLOCK * sizeof *w->weight_lanes);
+  if (w->a->bits != WKV_MIXED) return;
+  w->unpacked_scales = take(&scratch, 2 * channels * sizeof *w->unpacked_scales);
+  w->unpacked = take(&scratch, WKV_BLOCK * channels);
 }
 
 INLINE void attend_item(const enum wkv_dtype dtype, const int bits, const bool is_narrow,
@@ -55,7 +61,10 @@ INLINE void attend_item(const enum wkv_dtype dtype, const int bits, const bool i
                    .keys = (const char *)a->keys + matrix * bytes, .values = (const char *)a->values + matrix * bytes,
                    .bias = a->bias ? a->bias + part.audio * a->frames : NULL};
   take_buffers(dtype, bits, &w, scratch);
-  if (bits) {
+  const bool is_mixed = a->bits == WKV_MIXED;
+  if (is_mixed) {
+    begin_mixed(&w, (const uint8_t *)a->keys + matrix * (tiled / WKV_TILE) * a->tile_bytes);
+  } else if (bits) {
     const int64_t first = wkv_place_of_steps(channels, matrix * wkv_count_of(a->frames, a->group));
     w.key_scales = a->key_scales + first;
     w.value_scales = a->value_scales + first;
@@ -71,7 +80,10 @@ INLINE void attend_item(const enum wkv_dtype dtype, const int bits, const bool i
     w.kept_logits[q] = a->weights ? a->weights + ((row * a->heads + head) * a->tokens + token) * a->frames : NULL;
   }
   /* A block of wide frames is smaller, so that it stays in the cache nearby. */
-  const int64_t block = bits ? least(a->group, WKV_BLOCK) : head_dim > 128 ? WKV_BLOCK / 4 : WKV_BLOCK;
+  const int64_t block = is_mixed       ? MIXED_BLOCK
+                        : bits           ? least(a->group, WKV_BLOCK)
+                        : head_dim > 128 ? WKV_BLOCK / 4
+                                         : WKV_BLOCK;
   const int64_t blocks = wkv_count_of(a->frames, block);
   attend(dtype, bits, is_narrow, &w, blocks * split / a->splits, blocks * (split + 1) / a->splits, block);
 }
@@ -96,7 +108,8 @@ static attend_function *const attend_0[WKV_DTYPES] = ENTRIES(0), *const attend_8
 
 void ON_ISA(wkv_cross_attention)(const struct wkv_cross_attention *const a, void *const scratch, const int64_t begin,
                                  const int64_t end) {
-  attend_function *const attend_one = (a->bits == 8 ? attend_8 : a->bits ? attend_4 : attend_0)[a->dtype];
+  const bool is_of_8 = a->bits == 8 || a->bits == WKV_MIXED; /* as which the others are read once they are unpacked */
+  attend_function *const attend_one = (is_of_8 ? attend_8 : a->bits ? attend_4 : attend_0)[a->dtype];
   for (int64_t item = begin; item < end; item++) attend_one(a, scratch, item);
 }
 

@@ -3,7 +3,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 
-#include "../whisperkv.h"
+#include "../packed.h"
 
 const char *wkv_check_cursor(const int32_t *const cursor, const int64_t rows, const int64_t tokens,
                              const int64_t slots, char *const error, const size_t error_size) {
@@ -71,6 +71,26 @@ const char *wkv_check_owners(const int32_t *const owner, const int64_t rows, con
   return NULL;
 }
 
+const char *wkv_check_mixed(const float *const scales, const int64_t channels, const int64_t tile_bytes,
+                            char *const error, const size_t error_size) {
+  const float *const bits = scales + 2 * channels;
+  int64_t bytes = 0;
+  for (int64_t c = 0; c < channels; c++) {
+    const float first = bits[c / WKV_CHANNELS * WKV_CHANNELS];
+    const bool is_whole = bits[c] >= 1 && bits[c] <= 8 && (float)(int)bits[c] == bits[c];
+    if (!is_whole || bits[c] != first) {
+      snprintf(error, error_size, "key_scales: bits of channel %lld must be one of 1..8 and the same for %d channels, "
+               "got %g", (long long)c, WKV_CHANNELS, bits[c]);
+      return error;
+    }
+    if (c % WKV_CHANNELS == 0) bytes += wkv_bytes_of_block((int)bits[c]);
+  }
+  if (bytes == tile_bytes) return NULL;
+  snprintf(error, error_size, "keys must have %lld bytes a tile for these bits, got %lld", (long long)bytes,
+           (long long)tile_bytes);
+  return error;
+}
+
 static int64_t least(const int64_t a, const int64_t b) { return a < b ? a : b; }
 
 void wkv_cross_plan(struct wkv_cross_attention *const a) {
@@ -89,8 +109,10 @@ size_t wkv_cross_scratch(const struct wkv_cross_attention *const a) {
   const size_t channels = (size_t)wkv_round_up(a->head_dim, WKV_CHANNELS);
   /* Of a packed cache, which needs most: queries, logits, one query with the steps folded in, the codes of queries and
    * weights, and those of weights four times over. */
-  return sizeof(float) * (WKV_TOGETHER * (channels + WKV_BLOCK) + channels) + WKV_TOGETHER * (channels + WKV_BLOCK) +
-         sizeof(int32_t) * WKV_TOGETHER * WKV_BLOCK;
+  const size_t packed = sizeof(float) * (WKV_TOGETHER * (channels + WKV_BLOCK) + channels) +
+                        WKV_TOGETHER * (channels + WKV_BLOCK) + sizeof(int32_t) * WKV_TOGETHER * WKV_BLOCK;
+  /* Of mixed bits also a block of unpacked codes and their scales. */
+  return packed + (a->bits == WKV_MIXED ? channels * (WKV_BLOCK + 2 * sizeof(float)) : 0);
 }
 
 /* ---- pruned caches ---- */

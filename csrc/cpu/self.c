@@ -25,7 +25,7 @@ INLINE void clear(vf *const sums, const int64_t channels) {
 /* Where slots start, start + 1, ... of a head are, counted in numbers from where the row's own slot `start` is. */
 INLINE void find_slots(const struct wkv_attention *const a, const int64_t head_dim, const int64_t row,
                        const int64_t first_new, const int64_t start, const int64_t slots, int64_t *const places) {
-  const int64_t new_end = least(slots, first_new + a->tokens - start), whole_row = a->heads * a->slots * head_dim;
+  const int64_t new_end = least(slots, first_new + a->tokens - start), whole_row = a->kv_heads * a->slots * head_dim;
   const int32_t rows = (int32_t)a->rows, own = (int32_t)row;
   int32_t sources[BLOCK];
   memcpy(sources, a->sources + row * a->slots + start, (size_t)slots * sizeof *sources);
@@ -148,36 +148,49 @@ INLINE void attend(const enum wkv_dtype dtype, const struct wkv_attention *const
   }
 }
 
-/* One head of one row, token after token. */
+/* One head of one token over the slots of its KV head. */
+INLINE void attend_head(const enum wkv_dtype dtype, const struct wkv_attention *const a, const int64_t head_dim,
+                        const int64_t row, const int64_t token, const int64_t head, const int64_t first_new,
+                        const void *const keys, const void *const values, const int64_t live) {
+  const int64_t from = ((row * a->tokens + token) * a->heads + head) * head_dim;
+  const void *const query = at(dtype, a->query, from);
+  void *const output = at_mut(dtype, a->output, from);
+  float *const weights = a->weights ? a->weights + ((row * a->heads + head) * a->tokens + token) * a->slots : NULL;
+  for (int64_t d = 0; d < head_dim; d += PIECE)
+    if (a->sources) /* known to the compiler, what is without a table has no places to look up */
+      attend(dtype, a, head_dim, row, first_new, true, query, keys, at(dtype, values, d), live,
+             at_mut(dtype, output, d), least(PIECE, head_dim - d), weights);
+    else
+      attend(dtype, a, head_dim, row, first_new, false, query, keys, at(dtype, values, d), live,
+             at_mut(dtype, output, d), least(PIECE, head_dim - d), weights);
+}
+
+/* One KV head of one row, token after token. */
 INLINE void attend_row(const enum wkv_dtype dtype, const struct wkv_attention *const a, const int64_t head_dim,
-                       const int64_t row, const int64_t head) {
+                       const int64_t row, const int64_t kv_head) {
   const int64_t size = head_dim * size_of(dtype); /* bytes of one head of one token */
-  char *const keys = (char *)a->keys + (row * a->heads + head) * a->slots * size;
-  char *const values = (char *)a->values + (row * a->heads + head) * a->slots * size;
+  const int64_t group = a->heads / a->kv_heads, first = kv_head * group;
+  char *const keys = (char *)a->keys + (row * a->kv_heads + kv_head) * a->slots * size;
+  char *const values = a->values ? (char *)a->values + (row * a->kv_heads + kv_head) * a->slots * size : keys;
   int64_t live = a->cursor[WKV_LIVE * a->rows + row], slot = a->cursor[WKV_SLOT * a->rows + row];
   const int64_t seen = a->cursor[WKV_SEEN * a->rows + row], first_new = slot;
   READ_BY_NOW;
 
   for (int64_t token = 0; token < a->tokens; token++) {
-    const int64_t from = ((row * a->tokens + token) * a->heads + head) * size;
-    char *const output = (char *)a->output + from;
-    float *const weights = a->weights ? a->weights + ((row * a->heads + head) * a->tokens + token) * a->slots : NULL;
+    const int64_t from = ((row * a->tokens + token) * a->kv_heads + kv_head) * size;
     if (seen + token < 0 || slot < 0 || slot >= a->slots || live < 0 || live > a->slots) {
-      memset(output, 0, (size_t)size);
-      if (weights) memset(weights, 0, (size_t)a->slots * sizeof(float));
+      memset((char *)a->output + ((row * a->tokens + token) * a->heads + first) * size, 0, (size_t)(group * size));
+      for (int64_t head = first; a->weights && head < first + group; head++)
+        memset(a->weights + ((row * a->heads + head) * a->tokens + token) * a->slots, 0,
+               (size_t)a->slots * sizeof(float));
       continue;
     }
     memcpy(keys + slot * size, (const char *)a->key + from, (size_t)size);
-    memcpy(values + slot * size, (const char *)a->value + from, (size_t)size);
+    if (a->values) memcpy(values + slot * size, (const char *)a->value + from, (size_t)size);
     slot++;
     live = slot > live ? slot : live;
-    for (int64_t d = 0; d < head_dim; d += PIECE)
-      if (a->sources) /* known to the compiler, what is without a table has no places to look up */
-        attend(dtype, a, head_dim, row, first_new, true, (const char *)a->query + from, keys, at(dtype, values, d),
-               live, at_mut(dtype, output, d), least(PIECE, head_dim - d), weights);
-      else
-        attend(dtype, a, head_dim, row, first_new, false, (const char *)a->query + from, keys, at(dtype, values, d),
-               live, at_mut(dtype, output, d), least(PIECE, head_dim - d), weights);
+    for (int64_t head = first; head < first + group; head++)
+      attend_head(dtype, a, head_dim, row, token, head, first_new, keys, values, live);
   }
 }
 
@@ -198,7 +211,7 @@ static attend_function *const attend_any[WKV_DTYPES] = {attend_FLOAT32_any, atte
 
 void ON_ISA(wkv_compact_attention)(const struct wkv_attention *const a, const int64_t begin, const int64_t end) {
   attend_function *const attend_item = (a->head_dim == 64 ? attend_64 : attend_any)[a->dtype];
-  for (int64_t item = begin; item < end; item++) attend_item(a, item / a->heads, item % a->heads);
+  for (int64_t item = begin; item < end; item++) attend_item(a, item / a->kv_heads, item % a->kv_heads);
 }
 
 /* ---- score_evict ---- */

@@ -43,7 +43,8 @@ __device__ float reduce(float x, const bool to_largest) {
   return x;
 }
 
-/* ---- compact_attention: a block is one head of one row ---- */
+/* ---- compact_attention: a block is one head of one row. Those that share a KV head all write the same numbers to it,
+ * each before it reads them. ---- */
 
 template <class T, bool BY_TABLE>
 __global__ void __launch_bounds__(THREADS) attend(const struct wkv_attention a, const bool aligned) {
@@ -52,8 +53,9 @@ __global__ void __launch_bounds__(THREADS) attend(const struct wkv_attention a, 
   int32_t *const away = (int32_t *)(sums + SHARERS * STRIP); /* of each slot: how many rows on it is held */
   const int64_t head = blockIdx.x % a.heads, row = blockIdx.x / a.heads, dim = a.head_dim;
   const int thread = threadIdx.x, lane = thread % LANES, sharer = thread / LANES;
-  T *const keys = (T *)a.keys + (row * a.heads + head) * a.slots * dim;
-  T *const values = (T *)a.values + (row * a.heads + head) * a.slots * dim;
+  const int64_t kv_head = head / (a.heads / a.kv_heads);
+  T *const keys = (T *)a.keys + (row * a.kv_heads + kv_head) * a.slots * dim;
+  T *const values = a.values ? (T *)a.values + (row * a.kv_heads + kv_head) * a.slots * dim : keys;
   int64_t live = a.cursor[WKV_LIVE * a.rows + row], slot = a.cursor[WKV_SLOT * a.rows + row];
   const int64_t seen = a.cursor[WKV_SEEN * a.rows + row];
   for (int64_t s = thread; BY_TABLE && s < a.slots; s += THREADS) {
@@ -61,7 +63,7 @@ __global__ void __launch_bounds__(THREADS) attend(const struct wkv_attention a, 
     const bool is_new = s >= slot && s < slot + a.tokens;
     away[s] = (int32_t)(!is_new && source >= 0 && source < a.rows ? source - row : 0);
   }
-  const int64_t whole_row = a.heads * a.slots * dim;
+  const int64_t whole_row = a.kv_heads * a.slots * dim;
 
   for (int64_t token = 0; token < a.tokens; token++) {
     const int64_t from = ((row * a.tokens + token) * a.heads + head) * dim;
@@ -73,9 +75,10 @@ __global__ void __launch_bounds__(THREADS) attend(const struct wkv_attention a, 
       for (int64_t s = thread; weights && s < a.slots; s += THREADS) weights[s] = 0;
       continue;
     }
+    const int64_t kv_from = ((row * a.tokens + token) * a.kv_heads + kv_head) * dim;
     for (int64_t d = thread; d < dim; d += THREADS) {
-      keys[slot * dim + d] = ((const T *)a.key)[from + d];
-      values[slot * dim + d] = ((const T *)a.value)[from + d];
+      keys[slot * dim + d] = ((const T *)a.key)[kv_from + d];
+      if (a.values) values[slot * dim + d] = ((const T *)a.value)[kv_from + d];
       query[d] = to_float(((const T *)a.query)[from + d]) * a.scale;
     }
     slot++;

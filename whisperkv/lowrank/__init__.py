@@ -1,6 +1,9 @@
-"""Language models whose cache holds small latents in place of keys and values.
+"""Attention converted to small latents, in language models and in Whisper.
 
 model, tokenizer = whisperkv.lowrank.convert_to_mla(model, compression_ratio=4, tokenizer=tokenizer)
+
+whisperkv.lowrank.calibrate(whisper, audio, "tiny.safetensors")
+whisperkv.patch(whisper, cross=CrossConfig("latent_int3", calibration="tiny.safetensors"))
 """
 
 import importlib
@@ -20,6 +23,7 @@ _HOME = {
     "CacheMemory": "evaluating",
     "save_mla_model": "files",
     "load_mla_model": "files",
+    "calibrate": "whisper_calibrate",
 }
 __all__ = sorted(_HOME)
 
@@ -36,6 +40,7 @@ if TYPE_CHECKING:  # the same for type checkers and editors, which do not follow
     from .files import load_mla_model as load_mla_model
     from .files import save_mla_model as save_mla_model
     from .training import MLATrainer as MLATrainer
+    from .whisper_calibrate import calibrate as calibrate
 else:
 
     def __getattr__(name):
