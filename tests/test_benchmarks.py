@@ -202,3 +202,16 @@ def test_plot(bench, tmp_path):
     engines_plot.draw(rows, tmp_path / "two.svg")
     text = (tmp_path / "one.svg").read_text()
     assert "whisperkv int8" in text and "4.00" in text and text == (tmp_path / "two.svg").read_text()
+
+
+def test_accuracy_plot(bench, tmp_path):
+    pytest.importorskip("matplotlib")
+    import accuracy_plot
+
+    names = [name for name, *_ in accuracy_plot.formats()]
+    assert names[0] == "model" and "latent_int4 64" in names and not any("padding" in name for name in names)
+    assert {policy: [slots for slots, _ in points] for policy, points in accuracy_plot.budgets().items()} == {
+        policy: [24, 48, 96] for policy in ("heavy_hitter", "magnitude", "window")
+    }
+    accuracy_plot.draw(tmp_path)
+    assert "latent_int8" in (tmp_path / "formats.svg").read_text() and "window" in (tmp_path / "eviction.svg").read_text()
