@@ -214,4 +214,5 @@ def test_accuracy_plot(bench, tmp_path):
         policy: [24, 48, 96] for policy in ("heavy_hitter", "magnitude", "window")
     }
     accuracy_plot.draw(tmp_path)
-    assert "latent_int8" in (tmp_path / "formats.svg").read_text() and "window" in (tmp_path / "eviction.svg").read_text()
+    assert "latent_int8" in (tmp_path / "formats.svg").read_text()
+    assert "window" in (tmp_path / "eviction.svg").read_text()
