@@ -228,3 +228,17 @@ def test_the_first_table(bench, tmp_path, monkeypatch, capsys):
     said = capsys.readouterr().out
     assert "| tiny.en | heavy 64+32 | 2.00 | 0.25 |" in said and said.count("| tiny.en |") == 5
     assert "    WER|made:up" in said and len((tmp_path / "original.jsonl").read_text().splitlines()) == 6
+
+
+def test_accuracy_plot(bench, tmp_path):
+    pytest.importorskip("matplotlib")
+    import accuracy_plot
+
+    names = [name for name, *_ in accuracy_plot.formats()]
+    assert names[0] == "model" and "latent_int4 64" in names and not any("padding" in name for name in names)
+    assert {policy: [slots for slots, _ in points] for policy, points in accuracy_plot.budgets().items()} == {
+        policy: [24, 48, 96] for policy in ("heavy_hitter", "magnitude", "window")
+    }
+    accuracy_plot.draw(tmp_path)
+    assert "latent_int8" in (tmp_path / "formats.svg").read_text()
+    assert "window" in (tmp_path / "eviction.svg").read_text()

@@ -73,6 +73,7 @@ def test_tutorial(names):
 
 def test_budget(names, quick_start):
     names["features"] = quick_start[0]["features"]
+    pytest.importorskip("matplotlib")
     formats, shares = blocks("docs/how-to/budget.md")
     run(formats, names, "formats")
     names["model"].generate(names["features"], max_new_tokens=5)
@@ -148,16 +149,13 @@ def test_faster_whisper(names, folder):
     weights, calls = blocks("docs/coming-from/faster-whisper.md")
     said = words(run(weights, names, "weights"))
     assert len(said) > 25
-    segments = run(transcribing(calls), names, "calls").splitlines()
+    segments = run(calls, names, "calls").splitlines()
     start, end, _ = segments[0].split(maxsplit=2)
     assert 0 <= float(start) < float(end) and len(set(said) & set(words(" ".join(segments)))) > 10
 
 
 def test_transcribe(names, folder):
     soundfile = pytest.importorskip("soundfile")
-    page = Path(__file__).parents[1] / "docs" / "transcribe.md"
-    if not page.exists():
-        pytest.skip("docs/transcribe.md is not here")
     for name in ("talk.mp3", "a.mp3", "b.mp3"):
         soundfile.write(name, names["samples"], RATE)
     assert "quiet morning" in "".join(run_page("docs/transcribe.md", names))
@@ -166,14 +164,8 @@ def test_transcribe(names, folder):
 @pytest.mark.parametrize("page", ["openai-whisper", "whisperx"])
 def test_openai_whisper_and_whisperx(names, folder, page):
     (block,) = blocks(f"docs/coming-from/{page}.md")
-    printed = run(transcribing(block), names, page).splitlines()
+    printed = run(block, names, page).splitlines()
     assert len(printed) > (1 if page == "openai-whisper" else 10)
-
-
-def transcribing(block):
-    if not hasattr(whisperkv, "transcribe"):
-        pytest.skip("whisperkv.transcribe is not here")
-    return block
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
