@@ -381,7 +381,7 @@ def decoder_step(
             parts[::2], parts[1::2]
         )
         norm_hidden, first, second, key_up = more
-        if values.numel():
+        if values.shape[-1]:
             new = (multiply(x, *each, norm_self).unflatten(1, (1, heads, -1)) for each in (query, key, value))
             mixed, attention = compact_attention(*new, keys, values, cursor, sources, scale, True)
         else:

@@ -591,7 +591,7 @@ BAD_PLAIN = BAD_CROSS + [
     ("values", strided, "values must be contiguous"),
 ]
 BAD_CODES = BAD_CROSS + [
-    ("keys", lambda t: t[0], r"\[audios, heads=2, tiles, strip, channels\], got \[2, 6, 16, 64\]"),
+    ("keys", lambda t: t[0], r"\[audios, heads=2, tiles, tile bytes\], got \[2, 6, 16, 64\]"),
     ("keys", resized(1), r"heads=2, .*, got \[2, 3, 6, 16, 64\]"),
     ("values", resized(2), r"tiles=6, .*, got \[2, 2, 7, 16, 64\]"),
     ("values", lambda t: t[:, :, :, :8].contiguous(), r"strip=16, .*, got \[2, 2, 6, 8, 64\]"),

@@ -226,7 +226,7 @@ BAD = {
         "a head of packed weights must be a multiple of 32 in 1..65793, got 16",
     ),
     "a layer less": ({}, lambda g: put(caches=g["caches"][5:])(g), "be of the same layers, got 5, 8 and"),
-    "a tensor more": ({}, lambda g: g["weights"].append(NONE), "be of the same layers, got 10, 8 and 55"),
+    "a tensor more": ({}, lambda g: g["weights"].append(NONE), "be of the same layers, got 10, 8 and 59"),
     "nothing": ({}, put(caches=[], heard=[], weights=[]), "the lists must be of the same layers, got 0, 0 and 0"),
 }  # fmt: skip
 
