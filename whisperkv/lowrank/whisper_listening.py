@@ -126,7 +126,7 @@ def windows_of(audio, seconds):
     """float32 arrays of up to so many seconds each."""
     import numpy
 
-    from ..audio import read_audio
+    from ..transcription.audio import read_audio
 
     if isinstance(audio, (str, bytes)) or (hasattr(audio, "ndim") and audio.ndim == 1):
         audio = [audio]
