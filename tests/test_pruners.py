@@ -82,7 +82,7 @@ def test_attention_counts_for_those_who_could_see():
     seen[0, 9] = 2.0
     _, _, chosen = kept(pruner_of("token_attn_recency", {"recency": 0.0}), meta([20], seen=seen), 1, received)
     assert chosen[0, :, 0].tolist() == [9, 9]
-    _, _, late = kept(pruner_of("token_attn_recency", {"recency": 1.0}), meta([20]), 2, received)
+    _, _, late = kept(pruner_of("token_attn_recency", {"recency": 1.0}), meta([20]), 2)
     assert late[0].tolist() == [[18, 19]] * 2
 
 

@@ -120,8 +120,8 @@ static bool take_weights(struct call *const call, struct step *const s) {
     if (s->rank ? !take_latents(call, s, at, layer)
                 : !MATRIX(KEY, d, d, d, key) || !MATRIX(VALUE, d, d, d, value))
       return false;
-    if (!NORM(NORM_SELF, before_self) || !MATRIX(QUERY, d, d, d, query) || !MATRIX(OUT, d, d, d, out) || !NORM(NORM_HIDDEN, before_hidden) ||
-        !MATRIX(FIRST, h, d, h, first) || !MATRIX(SECOND, d, h, d, second))
+    if (!NORM(NORM_SELF, before_self) || !MATRIX(QUERY, d, d, d, query) || !MATRIX(OUT, d, d, d, out) ||
+        !NORM(NORM_HIDDEN, before_hidden) || !MATRIX(FIRST, h, d, h, first) || !MATRIX(SECOND, d, h, d, second))
       return false;
     if (s->audios && (!NORM(NORM_CROSS, before_cross) || !MATRIX(CROSS_QUERY, d, d, d, cross_query) ||
                       !MATRIX(CROSS_OUT, d, d, d, cross_out)))
@@ -258,6 +258,7 @@ static bool decoder_step(struct call *const call, const StableIValue *const numb
       .scale = (float)scale,
       .group = group,
       .is_latent = as_bool(numbers[5]),
+      .latent = size[DIM], /* of an audio with mixed bits it is less */
       .policy = (int)policy,
       .budget = budget,
       .recent = recent,
