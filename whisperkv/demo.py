@@ -23,7 +23,9 @@ ROUNDS, PATIENCE = 4, 60  # the best of so many; only two of them once so many s
 WAYS = {
     "transformers": unpatch,
     "whisperkv, lossless": patch,
-    "whisperkv, fastest": lambda model: patch(model, cross=CrossConfig("latent_int8", trim="padding"), weights="int8"),
+    "whisperkv, fastest": lambda model: patch(
+        model, cross=CrossConfig("latent_int8", trim="padding"), weights="int8"
+    ),
     "whisperkv, smallest": lambda model: patch(
         model, EvictionConfig(recent=32, heavy=16), CrossConfig("latent_int4", trim="padding")
     ),

@@ -166,11 +166,7 @@ class Graphs:
         """Whether all buffers now are where a graph would find them."""
         layouts = {
             SelfLayout(
-                len(layers),
-                *layer.key_slots.shape,
-                layer.key_slots.dtype,
-                layer.eviction,
-                layer.padding is not None,
+                len(layers), *layer.key_slots.shape, layer.key_slots.dtype, layer.eviction, layer.padding is not None,
                 layer.sources.numel() > 0,
             )
             for layer in layers

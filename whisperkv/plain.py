@@ -15,7 +15,9 @@ _ARGUMENTS = {
 def is_ordinary(device):
     """Whether nothing is on that only the layers themselves would see."""
     return (
-        not torch.compiler.is_compiling() and not torch.jit.is_tracing() and not torch.is_autocast_enabled(device.type)
+        not torch.compiler.is_compiling()
+        and not torch.jit.is_tracing()
+        and not torch.is_autocast_enabled(device.type)
     )
 
 
