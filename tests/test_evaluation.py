@@ -277,7 +277,7 @@ def test_settings(text, python, options):
             "fastst",
             "'fastst' is no setting; a setting is one of unpatched, lossless, fastest, smallest, or FIELD=VALUE",
         ),
-        ("colour=3", "'colour' is no field; .* with the fields policy, recent, heavy, decay, pin_prompt, .*cross, trim"),
+        ("colour=3", "'colour' is no field; .* with the fields policy, recent, heavy, decay, .*cross, trim"),
         ("recent=a", "recent must be a whole number; got 'a'"),
         ("decay=a", "decay must be a number; got 'a'"),
         ("pin_prompt=maybe", "pin_prompt must be true or false; got 'maybe'"),

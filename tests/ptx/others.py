@@ -49,8 +49,8 @@ def check_self_attention(dtype, dim, by_table=False, rows=2, tokens=1, heads=2, 
         table["sources"] = memory.put(sources)
     struct = packed(
         "wkv_attention", rows=rows, tokens=tokens, heads=heads, kv_heads=heads, slots=slots, head_dim=dim,
-        dtype=DTYPES.index(dtype), query=memory.put(query), key=memory.put(key), value=memory.put(value), cursor=memory.put(cursor),
-        scale=dim**-0.5, **places, **table,
+        dtype=DTYPES.index(dtype), query=memory.put(query), key=memory.put(key), value=memory.put(value),
+        cursor=memory.put(cursor), scale=dim**-0.5, **places, **table,
     )  # fmt: skip
     kernel = program("self").kernel(f"attendI{MANGLED[dtype]}Lb{int(by_table)}E")
     shared = 4 * (slots + dim + 16 * 64) + (4 * slots if by_table else 0)
