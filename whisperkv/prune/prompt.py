@@ -96,7 +96,7 @@ class Prompt:
         """What the pruner keeps of a layer's audio: the places of its tokens among the audio's, [rows, kv_heads, kept],
         -1 behind the last, and what it makes of them, None if they stay as they are."""
         chosen = self.pruner.select(scores, budget)
-        if type(self.pruner).apply is BasePruner.apply:
+        if getattr(self.pruner.apply, "__func__", None) is BasePruner.apply:
             return chosen, None
         return chosen, self._made_of(k, v, chosen)
 

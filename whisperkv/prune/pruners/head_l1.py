@@ -28,7 +28,7 @@ class HeadL1(BasePruner):
             self.tokens = pruner_of(self.tokens, {})
             if isinstance(self.tokens, HeadL1):
                 raise ValueError("head_l1: tokens must be a pruner that chooses tokens; got head_l1")
-            self.needs_silence, self.every = self.tokens.needs_silence, self.tokens.every
+            self.needs_silence, self.every, self.apply = self.tokens.needs_silence, self.tokens.every, self.tokens.apply
         try:
             check_budget(self.heads)
         except (TypeError, ValueError) as error:
@@ -49,6 +49,3 @@ class HeadL1(BasePruner):
         exists = scores > -math.inf
         count = kept_of(exists.any(-1).sum(-1), budget)
         return places(exists & (ranks(scores.amax(-1)) < count[:, None])[..., None])
-
-    def apply(self, k, v, kept_idx):
-        return (super() if self.tokens is None else self.tokens).apply(k, v, kept_idx)
