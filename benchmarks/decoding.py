@@ -6,7 +6,6 @@ import warnings
 
 import torch
 from audio import RATE, normalized
-from models import language_of
 from transformers.modeling_outputs import BaseModelOutput
 from transformers.utils import logging as transformers_logging
 
@@ -14,6 +13,7 @@ from whisperkv import evaluation
 from whisperkv.evaluation.decoding import (  # noqa: F401  # as decoding.forced, ...
     batches,
     forced,
+    language_options,
     nats_of_each,
     nats_of_each_at_once,
     start_tokens,
@@ -82,4 +82,4 @@ def loops(text):
 def generate(model, features, **options):
     """Rows of tokens. Greedy, if nothing else is asked for."""
     with torch.no_grad():
-        return model.generate(features, **{**language_of(model), **options})
+        return model.generate(features, **{**language_options(model), **options})

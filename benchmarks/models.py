@@ -63,8 +63,3 @@ def random_model(shape, layers=None, device="cpu", dtype=torch.float32):
         is_multilingual=False,
     )
     return model
-
-
-def language_of(model):
-    """What generate() must be told: a multilingual model would spend a pass on finding the language."""
-    return {"language": "en", "task": "transcribe"} if model.generation_config.is_multilingual else {}

@@ -39,6 +39,19 @@ def alike(one, other):
     return one.shape == other.shape and float((one - other).abs().mean()) < 0.01 * float(other.std())
 
 
+def small_twin(model):
+    """A Whisper with random weights that has the vocabulary and the features of this one, and no generation config."""
+    import torch
+    from transformers import WhisperConfig, WhisperForConditionalGeneration
+
+    torch.manual_seed(0)
+    config = WhisperConfig.from_dict({
+        **model.config.to_dict(), "d_model": 64, "encoder_layers": 1, "decoder_layers": 2, "init_std": 0.3,
+        "encoder_attention_heads": 1, "decoder_attention_heads": 1, "encoder_ffn_dim": 64, "decoder_ffn_dim": 64,
+    })  # fmt: skip
+    return WhisperForConditionalGeneration(config).eval()
+
+
 def or_skip(load):
     """load(), or a skipped test if a package is missing: the error says which."""
     try:

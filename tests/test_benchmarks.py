@@ -6,8 +6,8 @@ from pathlib import Path
 
 import numpy
 import pytest
-import torch
 import transformers
+from conftest import small_twin
 
 pytest.importorskip("jiwer")
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
@@ -94,12 +94,7 @@ def test_q8_0(bench):
 def folder(tiny_en, tmp_path_factory):
     """Of a small Whisper with random weights that has the vocabulary of tiny.en."""
     model, processor = tiny_en
-    torch.manual_seed(0)
-    config = transformers.WhisperConfig.from_dict({
-        **model.config.to_dict(), "d_model": 64, "encoder_layers": 1, "decoder_layers": 2, "init_std": 0.3,
-        "encoder_attention_heads": 1, "decoder_attention_heads": 1, "encoder_ffn_dim": 64, "decoder_ffn_dim": 64,
-    })  # fmt: skip
-    small = transformers.WhisperForConditionalGeneration(config)
+    small = small_twin(model)
     small.generation_config = model.generation_config
     path = tmp_path_factory.mktemp("engines") / "tiny.en" / "transformers"
     small.save_pretrained(path)

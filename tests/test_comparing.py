@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from conftest import small_twin
 
 import whisperkv
 from whisperkv import cli
@@ -190,12 +191,7 @@ def test_windows():
 @pytest.fixture(scope="module")
 def folder(tiny_en, tmp_path_factory):
     model, processor = tiny_en
-    torch.manual_seed(0)
-    config = transformers.WhisperConfig.from_dict({
-        **model.config.to_dict(), "d_model": 64, "encoder_layers": 1, "decoder_layers": 2, "init_std": 0.3,
-        "encoder_attention_heads": 1, "decoder_attention_heads": 1, "encoder_ffn_dim": 64, "decoder_ffn_dim": 64,
-    })  # fmt: skip
-    small = transformers.WhisperForConditionalGeneration(config).eval()
+    small = small_twin(model)
     small.generation_config = transformers.GenerationConfig.from_dict(model.generation_config.to_dict())
     small.generation_config.max_new_tokens = 24
     path = tmp_path_factory.mktemp("random")

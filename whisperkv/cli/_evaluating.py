@@ -1,4 +1,4 @@
-"""What `compare` and `tune` have in common."""
+"""What `compare`, `tune` and `bench` have in common."""
 
 import sys
 from contextlib import contextmanager
@@ -8,8 +8,16 @@ import typer
 
 
 class option:
-    """Options that both take."""
+    """Arguments and options that both take."""
 
+    Audio = Annotated[
+        list[str],
+        typer.Argument(
+            metavar="AUDIO|DATASET...",
+            help="Recordings, folders of them (with NAME.txt beside NAME.wav, or as LibriSpeech's), or manifests "
+            "(.tsv, .csv, .jsonl) with audio and text.",
+        ),
+    ]
     Model = Annotated[str, typer.Option(help="tiny.en, base, a folder (transformers' or CTranslate2's) or a hub id.")]
     Language = Annotated[
         str | None,

@@ -5,6 +5,8 @@ from typing import Annotated
 
 import typer
 
+from ._evaluating import complaint
+
 
 def bench(
     audio: Annotated[
@@ -30,12 +32,9 @@ def bench(
     if threads is not None:
         torch.set_num_threads(threads)
     transformers.logging.set_verbosity_error()
-    try:
+    with complaint("bench"):
         samples = read_audio(audio) if audio else demo.demo_audio()[0]
         whisper, processor = load(model, "cpu")
-    except (ImportError, OSError, ValueError) as error:
-        typer.echo(f"whisperkv bench: {error}", err=True)
-        raise typer.Exit(2)
     best = demo.compare(whisper, processor, samples, beam_size)
     versions = f"torch {torch.__version__}, transformers {transformers.__version__}"
     print(f"{processor_name()}, {torch.get_num_threads()} thread(s), {versions}")

@@ -10,14 +10,7 @@ from ._evaluating import audios_of, complaint, option, progress
 
 
 def compare(
-    audio: Annotated[
-        list[str],
-        typer.Argument(
-            metavar="AUDIO|DATASET...",
-            help="Recordings, folders of them (with NAME.txt beside NAME.wav, or as LibriSpeech's), or manifests "
-            "(.tsv, .csv, .jsonl) with audio and text.",
-        ),
-    ],
+    audio: option.Audio,
     setting: Annotated[
         list[str] | None,
         typer.Option(

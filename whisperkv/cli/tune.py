@@ -17,14 +17,7 @@ class Goal(str, Enum):
 
 
 def tune(
-    audio: Annotated[
-        list[str],
-        typer.Argument(
-            metavar="AUDIO|DATASET...",
-            help="Recordings, folders of them (with NAME.txt beside NAME.wav, or as LibriSpeech's), or manifests "
-            "(.tsv, .csv, .jsonl) with audio and text.",
-        ),
-    ],
+    audio: option.Audio,
     within_wer: Annotated[float, typer.Option(min=0, help="Points of word error rate that may be lost.")] = 0.3,
     within_nll: Annotated[float, typer.Option(min=0, help="Nats a token that may be lost.")] = 0.01,
     goal: Annotated[Goal, typer.Option("--for", help="The least time, or the fewest bytes.")] = Goal.speed,

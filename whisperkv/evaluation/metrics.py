@@ -2,11 +2,12 @@
 
 import functools
 import re
-import zlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
+
+from ..transcription.results import REPEATED, compression_ratio
 
 ROUNDS = 10_000
 LETTERS = ("zh", "ja", "th", "lo", "my", "yue")  # written without spaces: a letter is a word, as Whisper has it
@@ -75,9 +76,8 @@ def word_errors(text: str, wanted: str) -> tuple[int, int]:
 
 def loops(text: str, normalize: Callable[[str], str] = normalized) -> bool:
     """Whether a transcript has got stuck, see LOOP."""
-    data = text.encode()
     words = " ".join(normalize(text).split()) + " "
-    return len(data) > 2.4 * len(zlib.compress(data)) or bool(re.search(r"(?:^| )((?:\S+ ){4,}?)\1\1", words))
+    return compression_ratio(text) > 2.4 or bool(re.search(REPEATED, words))
 
 
 def interval(values: Sequence[float], weights: Sequence[float] | None = None, seed: int = 0) -> tuple[float, float]:

@@ -12,11 +12,11 @@ from transformers.modeling_outputs import BaseModelOutput
 from ..features import log_mel
 from ..searches import search
 from .audio import Samples
-from .results import compression_ratio
+from .results import REPEATED, compression_ratio
 from .settings import Settings
 
 MOST = 224  # tokens of a window, as in openai-whisper
-LOOP = re.compile(r"(?:^| )((?:\S+ ){4,}?)\1\1|(?:^| )((?:\S+ ){1,3}?)\2{5}")  # 4 words three times, or 1 six times
+LOOP = re.compile(rf"{REPEATED}|(?:^| )((?:\S+ ){{1,3}}?)\2{{5}}")  # 4 words three times, or 1 six times
 
 
 @dataclass

@@ -6,6 +6,8 @@ import zlib
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+REPEATED = r"(?:^| )((?:\S+ ){4,}?)\1\1"  # four or more words three times in a row, each with a blank behind it
+
 
 @dataclass
 class Word:
