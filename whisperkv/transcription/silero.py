@@ -13,9 +13,9 @@ import numpy as np
 import torch
 from torch import nn
 
+from ..voice import CHUNK
 from .audio import Samples
 
-CHUNK = 512  # samples
 REACH = 64  # mirrored at both ends of a chunk
 HOP = 128
 STRIDES = (1, 2, 2, 1)
