@@ -6,11 +6,14 @@ utterances  100 of some 7 s: the same
 speechless  30 clips of noise, hum, chords and melodies: how many texts are the unpatched model's, words, loops
 short       30 pieces of a second or less: the same
 noisy       30 utterances with white noise 15 dB below them: all of it
+foreign     30 sentences of six other languages by a synthesizer, for multilingual models: all of it
 
-Greedy, no timestamps, English, at most TOKENS tokens. Settings that this build does not know are left out, with a line.
+Greedy, no timestamps, in the audio's language, at most TOKENS tokens. Settings that this build does not know are left
+out, with a line.
 """
 
 import sys
+from itertools import groupby
 
 import audio
 import clips
@@ -18,6 +21,7 @@ import decoding
 import models
 import tables
 from audio import errors, interval
+from foreign import foreign
 from settings import OURS, unknown
 from tqdm import tqdm
 
@@ -27,7 +31,7 @@ from whisperkv.features import log_mel
 
 FULL = "unpatched"
 TOKENS = 200
-KINDS = ("windows", "utterances", "speechless", "short", "noisy")
+KINDS = ("windows", "utterances", "speechless", "short", "noisy", "foreign")
 COLUMNS = {
     "model": ("model", ""), "kind": ("audio", ""), "setting": ("setting", ""), "wer": ("WER %", ".2f"),
     "difference": ("difference", "+.2f"), "low": ("95 % from", "+.2f"), "high": ("to", "+.2f"), "nll": ("NLL", ".4f"),
@@ -42,26 +46,37 @@ def audios_of(kind, args):
         return audio.windows(args.data, most)
     if kind == "utterances":
         return utterances[: most or 100]
+    if kind == "foreign":
+        return foreign(most or 30)
     if kind == "speechless":
         return clips.speechless(most or 30)
     return getattr(clips, kind)(utterances, most or 30)
 
 
+def groups_of(items, speeches, batch):
+    """(language, items) of every batch of one language: an item stands for each of the speeches."""
+    for language, pairs in groupby(zip(speeches, items), key=lambda pair: pair[0].language):
+        for group in decoding.batches([item for _, item in pairs], batch):
+            yield language, group
+
+
 def decoded(model, processor, speeches, batch):
     """(texts, tokens)"""
     texts, tokens = [], []
-    for group in decoding.batches(speeches, batch):
+    for language, group in groups_of(speeches, speeches, batch):
         features = log_mel([speech.samples for speech in group], processor)
-        found = decoding.generate(model, features, max_new_tokens=TOKENS)
+        found = decoding.generate(model, features, max_new_tokens=TOKENS, **decoding.language_options(model, language))
         texts += [text.strip() for text in processor.batch_decode(found, skip_special_tokens=True)]
         tokens += [decoding.transcript_tokens(model, row) for row in found]
     return texts, tokens
 
 
 def likelihood(model, processor, speeches, transcripts, batch):
-    start, total, count = decoding.start_tokens(model, processor), 0.0, 0
-    for group, forced in zip(decoding.batches(speeches, batch), decoding.batches(transcripts, batch)):
-        features = log_mel([speech.samples for speech in group], processor)
+    total, count = 0.0, 0
+    for language, group in groups_of(list(zip(speeches, transcripts)), speeches, batch):
+        heard, forced = zip(*group)
+        start = decoding.start_tokens(model, processor, language)
+        features = log_mel([speech.samples for speech in heard], processor)
         nats, tokens = decoding.negative_log_likelihood(model, features, [start] * len(group), forced)
         total, count = total + nats, count + tokens
     return total / count
@@ -111,6 +126,8 @@ def main(args):
         for model_name in args.models:
             model, processor = models.load(model_name, args.base)
             for kind in args.kinds:
+                if kind == "foreign" and not model.generation_config.is_multilingual:
+                    continue
                 speeches = audios_of(kind, args)
                 for row in rows(model, processor, speeches, args.batch, settings, progress):
                     table.add(**{"model": model_name, "kind": kind, **row})

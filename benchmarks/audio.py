@@ -1,6 +1,6 @@
 """LibriSpeech as Whisper meets it: windows of up to 30 s, whole recordings, and the word error rate."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
 
@@ -20,13 +20,15 @@ class Speech:
     speaker: str
     samples: numpy.ndarray
     text: str
+    language: str = "en"
 
     @property
     def seconds(self):
         return len(self.samples) / RATE
 
     def __add__(self, other):
-        return Speech(self.speaker, numpy.concatenate([self.samples, other.samples]), f"{self.text} {other.text}")
+        samples = numpy.concatenate([self.samples, other.samples])
+        return replace(self, samples=samples, text=f"{self.text} {other.text}")
 
 
 def utterances(data=DATA):
@@ -79,9 +81,10 @@ def word_error_rate(speeches, texts):
 
 def errors(speeches, texts):
     """(wrong words, words) of each audio, int [audios] twice"""
-    counts = [
-        evaluation.word_errors(normalized(text), normalized(speech.text)) for speech, text in zip(speeches, texts)
-    ]
+    counts = []
+    for speech, text in zip(speeches, texts):
+        clean = evaluation.normalizer(speech.language)
+        counts.append(evaluation.word_errors(clean(text), clean(speech.text)))
     return numpy.array(counts).T
 
 
