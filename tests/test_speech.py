@@ -62,12 +62,15 @@ class TestWindows:
             samples = np.repeat(np.arange(len(probabilities), dtype=np.float32), CHUNK)
             monkeypatch.setattr(rooms, "_probabilities", lambda tape: iter(probabilities))
             found = list(cuts(tape_of(samples)))
-            for cut in found:  # the samples are those of the place, and none is heard twice
-                np.testing.assert_array_equal(cut.samples, samples[cut.begin : cut.begin + len(cut.samples)])
+            heard = []
+            for cut in found:
+                ends = [start for start, _ in cut.pieces[1:]] + [len(cut.samples)]
+                for (start, place), end in zip(cut.pieces, ends):  # the samples are those of the place
+                    heard.append((place, place + end - start))
+                    np.testing.assert_array_equal(cut.samples[start:end], samples[slice(*heard[-1])])
                 assert cut.spoken and len(cut.samples) <= 30 * RATE
-                assert all(cut.begin <= a < b <= cut.begin + len(cut.samples) for a, b in cut.spoken)
-            for one, other in zip(found, found[1:]):
-                assert one.begin + len(one.samples) <= other.begin
+                assert all(0 <= a < b <= len(cut.samples) for a, b in cut.spoken)
+            assert all(one[1] <= other[0] for one, other in zip(heard, heard[1:]))  # and none is heard twice
             return found
 
         return find
@@ -80,12 +83,46 @@ class TestWindows:
         assert windows([0.1] * 100) == [] and windows([0.1] * 4000) == []
         assert windows([0.1] * 2000 + [0.9] * 2 + [0.1] * 2000) == []  # a click
 
-    def test_pauses_part_windows(self, windows):
+    def test_pauses_are_left_out(self, windows):
+        talk, pad = [0.9] * 200, rooms.PAD
+        (cut,) = windows(talk + [0.0] * 700 + talk + [0.0] * 1000)
+        assert len(cut.samples) == (400 + 3 * pad) * CHUNK and len(cut.spoken) == 2
+        assert cut.pieces == [(0, 0), ((200 + pad) * CHUNK, (900 - pad) * CHUNK)]
+        (close,) = windows(talk + [0.0] * 2 * pad + talk + [0.0] * 1000)
+        assert close.pieces == [(0, 0)] and len(close.samples) == (400 + 3 * pad) * CHUNK
+
+    def test_long_silence_parts_windows(self, windows):
         talk = [0.9] * 200
-        apart = windows(talk + [0.0] * 700 + talk + [0.0] * 1000)
-        assert [cut.begin for cut in apart] == [0, (900 - rooms.PAD) * CHUNK]
-        (together,) = windows(talk + [0.0] * 300 + talk + [0.0] * 1000)
-        assert len(together.spoken) == 2 and len(together.samples) == (700 + rooms.PAD) * CHUNK
+        apart = windows(talk + [0.0] * 1000 + talk + [0.0] * 1000)
+        assert [cut.begin for cut in apart] == [0, (1200 - rooms.PAD) * CHUNK]
+
+    def test_places_in_the_recording(self, windows):
+        """Of two pieces: 209 chunks from 0, 218 from 891."""
+        talk, pad = [0.9] * 200, rooms.PAD
+        (cut,) = windows(talk + [0.0] * 700 + talk + [0.0] * 1000)
+        at = lambda *chunks: [chunk * CHUNK for chunk in chunks]  # noqa: E731
+        seam, second = 200 + pad, 900 - pad
+        assert list(cut.phrase_places(*at(10, 100))) == at(10, 100)
+        assert list(cut.phrase_places(*at(seam + 20, seam + 30))) == at(second + 20, second + 30)
+        assert list(cut.phrase_places(*at(10, seam + 30))) == at(10, second + 30)  # of both
+        assert list(cut.phrase_places(*at(10, seam + pad))) == at(10, seam)  # ends in what comes before the next speech
+        assert list(cut.phrase_places(*at(seam - pad, seam + 30))) == at(second, second + 30)  # begins after the speech
+        assert list(cut.phrase_places(*at(0, 10_000))) == at(0, second + 200 + 2 * pad)
+        assert list(cut.word_places(*at(seam - 5, seam + 1))) == at(seam - 5, seam)
+        assert list(cut.word_places(*at(seam - 1, seam + 5))) == at(second, second + 5)
+        assert list(cut.word_places(0, 0)) == [0, 0]
+
+    def test_what_comes_after(self, windows):
+        talk, pad = [0.9] * 200, rooms.PAD
+        (cut,) = windows(talk + [0.0] * 700 + talk + [0.0] * 1000)
+        for at in (50, 250):
+            rest = cut.after(at * CHUNK)
+            np.testing.assert_array_equal(rest.samples, cut.samples[at * CHUNK :])
+            place = (300 * CHUNK, 310 * CHUNK)
+            assert rest.phrase_places(*(each - at * CHUNK for each in place)) == cut.phrase_places(*place)
+        assert cut.after(50 * CHUNK).begin == 50 * CHUNK and len(cut.after(50 * CHUNK).spoken) == 2
+        assert rest.begin == (900 - pad + 250 - 200 - pad) * CHUNK
+        assert rest.spoken == [(0, (200 + 2 * pad + 200 - 250) * CHUNK)]
 
     def test_what_does_not_fit_begins_another(self, windows):
         sentence = [0.9] * 280 + [0.0] * 20
@@ -97,7 +134,7 @@ class TestWindows:
         probabilities[700] = 0.4
         found = windows(probabilities)
         assert found[0].spoken == [(0, 700 * CHUNK)]
-        spoken = [stretch for cut in found for stretch in cut.spoken]
+        spoken = [(cut.begin + begin, cut.begin + end) for cut in found for begin, end in cut.spoken]
         assert all(one[1] == other[0] for one, other in zip(spoken, spoken[1:])) and spoken[-1][1] == 3000 * CHUNK
 
     def test_hours_of_silence_are_forgotten(self, monkeypatch):

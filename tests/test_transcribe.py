@@ -266,7 +266,7 @@ class TestWindows:
         from whisperkv.transcription.speech import Cut
 
         made = [
-            Cut(begin * RATE, np.zeros((end - begin) * RATE, np.float32), [(begin * RATE, end * RATE)])
+            Cut(np.zeros((end - begin) * RATE, np.float32), [(0, begin * RATE)], [(0, (end - begin) * RATE)])
             for begin, end in cuts
         ]
         monkeypatch.setattr(rooms, "cuts", lambda tape: iter(made))

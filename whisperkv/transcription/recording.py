@@ -6,7 +6,7 @@ Sequential  Whisper's own way: a window of 30 s begins where the last one's phra
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from .audio import RATE, Samples
 from .decoding import Attempt, Decoder
@@ -27,10 +27,17 @@ Words = Callable[[list[Phrase]], list[list[Word]]]  # of each phrase, in seconds
 @dataclass(eq=False)
 class Window:
     recording: "Recording"
-    begin: int  # its place in the recording
-    samples: Samples
+    cut: Cut
     prompt: list[int]
-    spoken: list[tuple[int, int]] = field(default_factory=list)  # places in the recording
+
+    @property
+    def begin(self) -> int:
+        """Its place in the recording."""
+        return self.cut.begin
+
+    @property
+    def samples(self) -> Samples:
+        return self.cut.samples
 
     @property
     def seconds(self) -> float:
@@ -80,7 +87,7 @@ class Recording:
         segments = [self._segment(window, attempt, phrase) for phrase in found]
         said = words(found) if words and found else []
         for segment, these in zip(segments, said):
-            _place(segment, these, window.begin / RATE)
+            _place(segment, these, window.cut)
         self._waiting[window.begin] = [one for one in segments if one.text.strip()]
         return self._known()
 
@@ -97,7 +104,7 @@ class Recording:
 
     def _segment(self, window, attempt, phrase):
         text = self.decoder.text_of(phrase.tokens)
-        begin, end = (round(window.begin / RATE + seconds, 2) for seconds in (phrase.begin, phrase.end))
+        begin, end = _seconds(window.cut.phrase_places, phrase.begin, phrase.end)
         return Segment(
             0, window.begin * 100 // RATE, begin, end, text, phrase.tokens, attempt.temperature, attempt.avg_logprob,
             attempt.compression_ratio, attempt.no_speech_prob,
@@ -124,7 +131,7 @@ class Spoken(Recording):
 
     def _next(self):
         cut = next(self._cuts, None)
-        return cut and Window(self, cut.begin, cut.samples, self.prompt, cut.spoken)
+        return cut and Window(self, cut, self.prompt)
 
     def _kept(self, window, attempt, found, go_on, is_cut):
         """All, but a last one that the limit of tokens has cut; what is spoken after them is heard in a window of its
@@ -135,12 +142,9 @@ class Spoken(Recording):
             if attempt.is_whole or go_on <= 0:
                 return found
             found = found[:-1]
-        end = window.begin + int(found[-1].end * RATE)
-        left = [(max(begin, end), stop) for begin, stop in window.spoken if stop > end]
-        if sum(stop - begin for begin, stop in left) > REST * RATE:
-            samples = window.samples[end - window.begin :]
-            if 0 < len(samples) < len(window.samples):
-                self._give(Window(self, end, samples, self.prompt, left))
+        left = window.cut.after(min(int(found[-1].end * RATE), len(window.samples)))
+        if sum(stop - begin for begin, stop in left.spoken) > REST * RATE and len(left.samples) < len(window.samples):
+            self._give(Window(self, left, self.prompt))
         return found
 
 
@@ -155,7 +159,7 @@ class Sequential(Recording):
         if self._is_open or not self.tape.reaches(self._place + SHORTEST):
             return None
         self._is_open = True
-        return Window(self, self._place, self.tape.cut(self._place, self._place + WINDOW), self._said)
+        return Window(self, Cut(self.tape.cut(self._place, self._place + WINDOW), [(0, self._place)]), self._said)
 
     def fill(self, count):
         if not self._is_open:
@@ -177,10 +181,13 @@ class Sequential(Recording):
         return found
 
 
-def _place(segment, words, begin):
+def _seconds(places, begin, end):
+    """Of a recording, from those of a window."""
+    return (round(place / RATE, 2) for place in places(round(begin * RATE), round(end * RATE)))
+
+
+def _place(segment, words, cut):
     """Give a segment its words, and their begin and end."""
-    segment.words = [
-        Word(round(begin + one.start, 2), round(begin + one.end, 2), one.word, one.probability) for one in words
-    ]
+    segment.words = [Word(*_seconds(cut.word_places, one.start, one.end), one.word, one.probability) for one in words]
     if segment.words:
         segment.start, segment.end = segment.words[0].start, segment.words[-1].end
