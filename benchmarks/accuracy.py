@@ -12,6 +12,7 @@ Greedy, no timestamps, in the audio's language, at most TOKENS tokens. Settings 
 out, with a line.
 """
 
+import copy
 import sys
 from itertools import groupby
 
@@ -20,6 +21,7 @@ import clips
 import decoding
 import models
 import tables
+import torch
 from audio import errors, interval
 from foreign import foreign
 from settings import OURS, unknown
@@ -60,42 +62,38 @@ def groups_of(items, speeches, batch):
             yield language, group
 
 
-def decoded(model, processor, speeches, batch):
-    """(texts, tokens)"""
-    texts, tokens = [], []
-    for language, group in groups_of(speeches, speeches, batch):
-        features = log_mel([speech.samples for speech in group], processor)
-        found = decoding.generate(model, features, max_new_tokens=TOKENS, **decoding.language_options(model, language))
+@torch.no_grad()
+def heard(model, processor, speeches, batch, transcripts=None):
+    """(texts, tokens, nats a token of the transcripts; None: of the tokens), the encoder's work done once for both"""
+    texts, tokens, nats, count = [], [], 0.0, 0
+    for language, group in groups_of(range(len(speeches)), speeches, batch):
+        features = log_mel([speeches[number].samples for number in group], processor)
+        states = model.get_encoder()(features)
+        options = {"max_new_tokens": TOKENS, **decoding.language_options(model, language)}
+        found = decoding.generate(model, features, encoder_outputs=copy.copy(states), **options)
         texts += [text.strip() for text in processor.batch_decode(found, skip_special_tokens=True)]
         tokens += [decoding.transcript_tokens(model, row) for row in found]
-    return texts, tokens
-
-
-def likelihood(model, processor, speeches, transcripts, batch):
-    total, count = 0.0, 0
-    for language, group in groups_of(list(zip(speeches, transcripts)), speeches, batch):
-        heard, forced = zip(*group)
-        start = decoding.start_tokens(model, processor, language)
-        features = log_mel([speech.samples for speech in heard], processor)
-        nats, tokens = decoding.negative_log_likelihood(model, features, [start] * len(group), forced)
-        total, count = total + nats, count + tokens
-    return total / count
+        forced = [(transcripts or tokens)[number] for number in group]
+        starts = [decoding.start_tokens(model, processor, language)] * len(group)
+        nats += float(decoding.nats_of_each_at_once(model, features, starts, forced, states).sum())
+        count += sum(map(len, forced))
+    return texts, tokens, nats / count
 
 
 def rows(model, processor, speeches, batch, settings, progress):
     """One for each setting, the unpatched model first."""
-    spoken = bool(speeches[0].text)
+    spoken, transcripts = bool(speeches[0].text), None
     for name, patch in {FULL: None, **settings}.items():
         progress.set_description(name)
         whisperkv.unpatch(model)
         if patch is not None:
             whisperkv.patch(model, **{**patch, "cross": CrossConfig(**patch.get("cross", {}))})
-        texts, tokens = decoded(model, processor, speeches, batch)
+        texts, tokens, nll = heard(model, processor, speeches, batch, transcripts)
         if patch is None:
             full, transcripts = texts, tokens
         row = {
             "setting": name,
-            "nll": likelihood(model, processor, speeches, transcripts, batch),
+            "nll": nll,
             "same": sum(map(str.__eq__, texts, full)),
             "audios": len(texts),
             "words": sum(len(audio.normalized(text).split()) for text in texts),

@@ -80,16 +80,24 @@ def nats_of_each(
 
 @torch.no_grad()
 def nats_of_each_at_once(
-    model: Any, features: torch.Tensor, prompts: Sequence[list[int]], transcripts: Sequence[list[int]]
+    model: Any,
+    features: torch.Tensor,
+    prompts: Sequence[list[int]],
+    transcripts: Sequence[list[int]],
+    states: Any = None,
 ) -> torch.Tensor:
-    """The same in one pass of the decoder, for prompts of one length and caches that keep every token."""
+    """The same in one pass of the decoder, for prompts of one length and caches that keep every token.
+
+    states  what the encoder says of the features, where it is known already
+    """
     start, lengths = len(prompts[0]), [len(transcript) for transcript in transcripts]
     assert all(len(prompt) == start for prompt in prompts)
     tokens = torch.full((len(prompts), start + max(lengths)), model.generation_config.eos_token_id)
     for row, (prompt, transcript) in enumerate(zip(prompts, transcripts)):
         tokens[row, : start + len(transcript)] = torch.tensor(prompt + transcript)
     tokens = tokens.to(features.device)
-    output = model(encoder_outputs=model.get_encoder()(features), decoder_input_ids=tokens[:, :-1], use_cache=True)
+    states = model.get_encoder()(features) if states is None else states
+    output = model(encoder_outputs=states, decoder_input_ids=tokens[:, :-1], use_cache=True)
     alive = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
     logits = output.logits[:, start - 1 :][alive].float()  # [tokens, vocabulary]: summed exactly along the last only
     losses = torch.nn.functional.cross_entropy(logits, tokens[:, start:][alive], reduction="none")
