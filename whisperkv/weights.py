@@ -14,7 +14,8 @@ from . import ops
 from .compat import become
 
 FORMATS = {"model": ops.AS_FLOAT32, "bfloat16": ops.AS_BFLOAT16, "int8": ops.AS_INT8}
-OF_DECODER = FORMATS | {"int8": ops.AS_FINE_INT8}  # where a few large numbers would cost the text something
+FINE = FORMATS | {"int8": ops.AS_FINE_INT8}  # where a few large numbers would cost the text something
+UNEVEN = (".out_proj", ".fc2")  # no layer norm has evened out what these are given
 NONE = torch.empty(0)  # what an op is given for what there is none of
 
 
@@ -96,7 +97,8 @@ def install(model, format):
                 others[name] = reason
             else:
                 become(module, FastLinear)
-                module.packed = Packed((FORMATS if "encoder." in name else OF_DECODER)[format])
+                is_coarse = "encoder." in name and not name.endswith(UNEVEN)
+                module.packed = Packed((FORMATS if is_coarse else FINE)[format])
     return others
 
 
