@@ -37,7 +37,8 @@ KINDS = ("windows", "utterances", "speechless", "short", "noisy", "foreign")
 COLUMNS = {
     "model": ("model", ""), "kind": ("audio", ""), "setting": ("setting", ""), "wer": ("WER %", ".2f"),
     "difference": ("difference", "+.2f"), "low": ("95 % from", "+.2f"), "high": ("to", "+.2f"), "nll": ("NLL", ".4f"),
-    "same": ("same text", "d"), "audios": ("of", "d"), "words": ("words", "d"), "loops": ("loops", "d"),
+    "same": ("same text", "d"), "same_words": ("same words", "d"), "audios": ("of", "d"), "words": ("words", "d"),
+    "loops": ("loops", "d"), "own_loops": ("of its own", "d"),
 }  # fmt: skip
 
 
@@ -80,6 +81,19 @@ def heard(model, processor, speeches, batch, transcripts=None):
     return texts, tokens, nats / count
 
 
+def compared(texts, full):
+    """With the unpatched model's."""
+    said, wanted = ([audio.normalized(text).split() for text in each] for each in (texts, full))
+    stuck, stuck_too = (list(map(decoding.loops, each)) for each in (texts, full))
+    return {
+        "same": sum(map(str.__eq__, texts, full)),
+        "same_words": sum(map(list.__eq__, said, wanted)),
+        "words": sum(map(len, said)),
+        "loops": sum(stuck),
+        "own_loops": sum(one and not other for one, other in zip(stuck, stuck_too)),
+    }
+
+
 def rows(model, processor, speeches, batch, settings, progress):
     """One for each setting, the unpatched model first."""
     spoken, transcripts = bool(speeches[0].text), None
@@ -91,15 +105,7 @@ def rows(model, processor, speeches, batch, settings, progress):
         texts, tokens, nll = heard(model, processor, speeches, batch, transcripts)
         if patch is None:
             full, transcripts = texts, tokens
-        row = {
-            "setting": name,
-            "nll": nll,
-            "same": sum(map(str.__eq__, texts, full)),
-            "audios": len(texts),
-            "words": sum(len(audio.normalized(text).split()) for text in texts),
-            "loops": sum(map(decoding.loops, texts)),
-            "texts": texts,
-        }
+        row = {"setting": name, "nll": nll, "audios": len(texts), "texts": texts, **compared(texts, full)}
         if spoken:
             wrong, words = errors(speeches, texts)
             if patch is None:
