@@ -6,7 +6,7 @@ utterances  100 of some 7 s: the same
 speechless  30 clips of noise, hum, chords and melodies: how many texts are the unpatched model's, words, loops
 short       30 pieces of a second or less: the same
 noisy       30 utterances with white noise 15 dB below them: all of it
-foreign     30 sentences of six other languages by a synthesizer, for multilingual models: all of it
+foreign     30 sentences of five other languages by a synthesizer, for multilingual models: all of it
 
 Greedy, no timestamps, in the audio's language, at most TOKENS tokens. Settings that this build does not know are left
 out, with a line.

@@ -1,4 +1,4 @@
-"""Speech in other languages than English: a synthesizer (espeak-ng) reads the Universal Declaration of Human Rights."""
+"""Speech in other languages than English: a synthesizer (Festival) reads the Universal Declaration of Human Rights."""
 
 import subprocess
 import tempfile
@@ -7,34 +7,43 @@ from audio import Speech
 
 from whisperkv.transcription.audio import read_audio
 
-ARTICLES = {  # 1, 3, 4, 5 and 6
-    "fr": [
-        "Tous les êtres humains naissent libres et égaux en dignité et en droits. Ils sont doués de raison et de "
-        "conscience et doivent agir les uns envers les autres dans un esprit de fraternité.",
-        "Tout individu a droit à la vie, à la liberté et à la sûreté de sa personne.",
-        "Nul ne sera tenu en esclavage ni en servitude; l'esclavage et la traite des esclaves sont interdits sous "
-        "toutes leurs formes.",
-        "Nul ne sera soumis à la torture, ni à des peines ou traitements cruels, inhumains ou dégradants.",
-        "Chacun a le droit à la reconnaissance en tous lieux de sa personnalité juridique.",
+PACKAGES = "festival festvox-ru festvox-czech-dita festvox-suopuhe-lj festvox-italp16k festvox-ca-ona-hts"
+VOICES = {  # and how it reads letters
+    "ru": ("voice_msu_ru_nsh_clunits", "utf-8"),
+    "cs": ("voice_czech_dita", "iso-8859-2"),
+    "fi": ("voice_suo_fi_lj_diphone", "iso-8859-1"),
+    "it": ("voice_lp_diphone", "iso-8859-1"),
+    "ca": ("voice_upc_ca_ona_hts", "iso-8859-15"),
+}
+ARTICLES = {  # 1, 3, 4, 5, 6 and 9
+    "ru": [
+        "Все люди рождаются свободными и равными в своем достоинстве и правах. Они наделены разумом и совестью и "
+        "должны поступать в отношении друг друга в духе братства.",
+        "Каждый человек имеет право на жизнь, на свободу и на личную неприкосновенность.",
+        "Никто не должен содержаться в рабстве или в подневольном состоянии; рабство и работорговля запрещаются во "
+        "всех их видах.",
+        "Никто не должен подвергаться пыткам или жестоким, бесчеловечным или унижающим его достоинство обращению и "
+        "наказанию.",
+        "Каждый человек, где бы он ни находился, имеет право на признание его правосубъектности.",
+        "Никто не может быть подвергнут произвольному аресту, задержанию или изгнанию.",
     ],
-    "de": [
-        "Alle Menschen sind frei und gleich an Würde und Rechten geboren. Sie sind mit Vernunft und Gewissen begabt "
-        "und sollen einander im Geist der Brüderlichkeit begegnen.",
-        "Jeder hat das Recht auf Leben, Freiheit und Sicherheit der Person.",
-        "Niemand darf in Sklaverei oder Leibeigenschaft gehalten werden; Sklaverei und Sklavenhandel sind in allen "
-        "ihren Formen verboten.",
-        "Niemand darf der Folter oder grausamer, unmenschlicher oder erniedrigender Behandlung oder Strafe "
-        "unterworfen werden.",
-        "Jeder hat das Recht, überall als rechtsfähig anerkannt zu werden.",
+    "cs": [
+        "Všichni lidé rodí se svobodní a sobě rovní co do důstojnosti a práv. Jsou nadáni rozumem a svědomím a mají "
+        "spolu jednat v duchu bratrství.",
+        "Každý má právo na život, svobodu a osobní bezpečnost.",
+        "Nikdo nesmí být držen v otroctví nebo nevolnictví; všechny formy otroctví a obchodu s otroky jsou zakázány.",
+        "Nikdo nesmí být mučen nebo podrobován krutému, nelidskému nebo ponižujícímu zacházení nebo trestu.",
+        "Každý má právo na to, aby byla všude uznávána jeho právní osobnost.",
+        "Nikdo nesmí být svévolně zatčen, držen ve vazbě nebo vyhoštěn do vyhnanství.",
     ],
-    "es": [
-        "Todos los seres humanos nacen libres e iguales en dignidad y derechos y, dotados como están de razón y "
-        "conciencia, deben comportarse fraternalmente los unos con los otros.",
-        "Todo individuo tiene derecho a la vida, a la libertad y a la seguridad de su persona.",
-        "Nadie estará sometido a esclavitud ni a servidumbre; la esclavitud y la trata de esclavos están prohibidas "
-        "en todas sus formas.",
-        "Nadie será sometido a torturas ni a penas o tratos crueles, inhumanos o degradantes.",
-        "Todo ser humano tiene derecho, en todas partes, al reconocimiento de su personalidad jurídica.",
+    "fi": [
+        "Kaikki ihmiset syntyvät vapaina ja tasavertaisina arvoltaan ja oikeuksiltaan. Heille on annettu järki ja "
+        "omatunto, ja heidän on toimittava toisiaan kohtaan veljeyden hengessä.",
+        "Kullakin yksilöllä on oikeus elämään, vapauteen ja henkilökohtaiseen turvallisuuteen.",
+        "Ketään ei saa pitää orjana tai orjuutettuna; orjuus ja orjakauppa kaikissa muodoissaan on kiellettävä.",
+        "Ketään ei saa kiduttaa eikä kohdella tai rangaista julmasti, epäinhimillisesti tai alentavasti.",
+        "Jokaisella on oikeus kaikkialla siihen, että hänet tunnustetaan oikeushenkilöksi.",
+        "Ketään ei saa mielivaltaisesti pidättää, vangita tai ajaa maanpakoon.",
     ],
     "it": [
         "Tutti gli esseri umani nascono liberi ed eguali in dignità e diritti. Essi sono dotati di ragione e di "
@@ -45,25 +54,17 @@ ARTICLES = {  # 1, 3, 4, 5 and 6
         "Nessun individuo potrà essere sottoposto a tortura o a trattamento o a punizioni crudeli, inumani o "
         "degradanti.",
         "Ogni individuo ha diritto, in ogni luogo, al riconoscimento della sua personalità giuridica.",
+        "Nessun individuo potrà essere arbitrariamente arrestato, detenuto o esiliato.",
     ],
-    "pt": [
-        "Todos os seres humanos nascem livres e iguais em dignidade e em direitos. Dotados de razão e de "
-        "consciência, devem agir uns para com os outros em espírito de fraternidade.",
-        "Todo indivíduo tem direito à vida, à liberdade e à segurança pessoal.",
-        "Ninguém será mantido em escravatura ou em servidão; a escravatura e o trato dos escravos, sob todas as "
-        "formas, são proibidos.",
-        "Ninguém será submetido a tortura nem a penas ou tratamentos cruéis, desumanos ou degradantes.",
-        "Todos os indivíduos têm direito ao reconhecimento, em todos os lugares, da sua personalidade jurídica.",
-    ],
-    "nl": [
-        "Alle mensen worden vrij en gelijk in waardigheid en rechten geboren. Zij zijn begiftigd met verstand en "
-        "geweten, en behoren zich jegens elkander in een geest van broederschap te gedragen.",
-        "Een ieder heeft het recht op leven, vrijheid en onschendbaarheid van zijn persoon.",
-        "Niemand zal in slavernij of horigheid gehouden worden. Slavernij en slavenhandel in iedere vorm zijn "
-        "verboden.",
-        "Niemand zal onderworpen worden aan folteringen, noch aan een wrede, onmenselijke of onterende behandeling "
-        "of bestraffing.",
-        "Een ieder heeft, waar hij zich ook bevindt, het recht als persoon erkend te worden voor de wet.",
+    "ca": [
+        "Tots els éssers humans neixen lliures i iguals en dignitat i en drets. Són dotats de raó i de consciència, i "
+        "han de comportar-se fraternalment els uns amb els altres.",
+        "Tot individu té dret a la vida, a la llibertat i a la seguretat de la seva persona.",
+        "Cap individu no serà sotmès a esclavitud o servitud: l'esclavitud i el tràfic d'esclaus són prohibits en "
+        "totes llurs formes.",
+        "Cap individu no serà sotmès a tortures ni a penes o tractes cruels, inhumans o degradants.",
+        "Tot ésser humà té dret, arreu, al reconeixement de la seva personalitat jurídica.",
+        "Ningú no pot ser arbitràriament detingut, pres ni desterrat.",
     ],
 }
 
@@ -74,9 +75,11 @@ def foreign(count=30):
 
 
 def spoken(language, text):
+    voice, letters = VOICES[language]
     with tempfile.NamedTemporaryFile(suffix=".wav") as file:
+        command = ["text2wave", "-eval", f"({voice})", "-o", file.name]
         try:
-            subprocess.run(["espeak-ng", "-v", language, "-w", file.name, text], check=True)
-        except FileNotFoundError:
-            raise SystemExit("audio of other languages: install espeak-ng (apt-get install espeak-ng)") from None
+            subprocess.run(command, input=text.encode(letters), check=True, stderr=subprocess.DEVNULL)
+        except (FileNotFoundError, subprocess.CalledProcessError):
+            raise SystemExit(f"audio of other languages: apt-get install {PACKAGES}") from None
         return Speech(language, read_audio(file.name), text, language)
