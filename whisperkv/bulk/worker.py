@@ -1,0 +1,142 @@
+"""What runs on the cluster: workers with a model each, and a ledger of what they have begun."""
+
+import pickle
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from ..transcription.engine import run
+from ..transcription.results import Transcript
+from ..transcription.settings import Settings
+from ..transcription.transcribing import prepared
+from .items import Item, audios
+
+TRIES = 3  # of a recording whose worker ends with it
+
+
+class Fatal(Exception):
+    """What no other recording would fare better with: the model cannot be loaded, a package is missing."""
+
+    def __init__(self, why: Exception) -> None:
+        self.why = why
+
+
+class Ledger:
+    """An actor that outlives the workers: how often each recording was begun and not ended, as its worker died."""
+
+    def __init__(self) -> None:
+        self._begun: Counter[str] = Counter()
+
+    def tries(self, keys: Sequence[str]) -> list[int]:
+        return [self._begun[key] for key in keys]
+
+    def begin(self, keys: Sequence[str]) -> None:
+        self._begun.update(keys)
+
+    def end(self, keys: Sequence[str]) -> None:
+        for key in keys:
+            self._begun.pop(key, None)
+
+
+class Worker:
+    """A patched model. Ray Data calls it with a group of recordings, and again on another process if it dies.
+
+    A group is decoded together. If its worker died before, one at a time, those first that were begun and not ended
+    most often; a recording with which the worker has ended TRIES times is not begun again.
+    """
+
+    def __init__(self, ledger: Any, patching: dict[str, Any], settings: Settings, threads: int) -> None:
+        import ray
+        import torch
+
+        self._ledger, self._get, self._settings = ledger, ray.get, settings
+        torch.set_num_threads(threads)
+        self._error: Exception | None = None
+        try:
+            self._model, self._processor = prepared(**patching)
+            run(self._model, self._processor, (), settings)  # it looks whether the model can do what is asked
+        except Exception as error:  # raised here it would be tried again
+            self._error = error
+
+    def __call__(self, table: Any) -> Any:
+        import pyarrow
+
+        (group,) = table.column("group").to_pylist()
+        try:
+            done = dict(self._transcribed(pickle.loads(group)))
+            answer = pickle.dumps(done)
+        except Fatal as error:
+            answer = pickle.dumps(sendable(error.why))
+        return pyarrow.table({"answer": [answer]})
+
+    def _transcribed(self, group) -> Iterator[tuple[str, Transcript]]:
+        if self._error:
+            raise Fatal(self._error)
+        tries = self._get(self._ledger.tries.remote([item.key for item in group]))
+        ranked = sorted(zip(tries, group), key=lambda pair: -pair[0])
+        for count, item in ranked:
+            if count >= TRIES:
+                error = RuntimeError(f"{item.audio}: the process that transcribed it ended, {count} times in a row")
+                yield item.key, failed(item, error)
+            elif count:
+                yield from self._told([item])
+        fresh = [item for count, item in ranked if not count]
+        if not fresh:
+            return
+        try:
+            yield from self._told(fresh)
+        except Fatal:
+            raise
+        except Exception:  # of one of them, or memory is short
+            for item in fresh:
+                yield from self._told([item])
+
+    def _told(self, group):
+        """_together(), and the ledger knows of it."""
+        keys = [item.key for item in group]
+        self._get(self._ledger.begin.remote(keys))
+        try:
+            return self._together(group)
+        except Fatal:
+            raise
+        except Exception as error:
+            if len(group) > 1:
+                raise
+            return [(group[0].key, failed(group[0], error))]
+        finally:
+            self._ledger.end.remote(keys)
+
+    def _together(self, group):
+        found, opened = [], []
+        for item, audio in zip(group, audios(group)):
+            if isinstance(audio, Exception):
+                found.append((item.key, failed(item, audio)))
+            else:
+                opened.append((item, audio))
+        given = [audio for _, audio in opened]
+        try:
+            for news in run(self._model, self._processor, given, self._settings):
+                if news.transcript:
+                    item = opened[news.number][0]
+                    news.transcript.name = item.audio
+                    if news.transcript.error:
+                        news.transcript.error = sendable(news.transcript.error)
+                    found.append((item.key, news.transcript))
+        except ImportError as error:
+            raise Fatal(error) from error
+        return found
+
+
+def failed(item: Item, error: Exception) -> Transcript:
+    return Transcript(item.audio, "", 0.0, 0.0, error=sendable(error))
+
+
+def sendable(error: Exception) -> Exception:
+    """The same, or one of its kind that can be pickled."""
+    try:
+        pickle.loads(pickle.dumps(error))
+        return error
+    except Exception:
+        kinds = (ImportError, OSError, ValueError, TypeError)
+        kind = next((kind for kind in kinds if isinstance(error, kind)), RuntimeError)
+        return kind(f"{type(error).__name__}: {error}")
