@@ -12,6 +12,7 @@ from ..transcription.transcribing import prepared
 from .items import Item, audios
 
 TRIES = 3  # of a recording whose worker ends with it
+REMEDY = "with fewer workers each has more memory"
 
 
 class Fatal(Exception):
@@ -52,11 +53,18 @@ class Worker:
         self._ledger, self._get, self._settings = ledger, ray.get, settings
         torch.set_num_threads(threads)
         self._error: Exception | None = None
+        me = [f"worker {ray.get_runtime_context().get_actor_id()}"]
+        if ray.get(ledger.tries.remote(me))[0] >= TRIES:
+            name = patching["model"]
+            self._error = ChildProcessError(f"model {name!r}: the process that loaded it ended, {TRIES} times; {REMEDY}")
+            return
+        ray.get(ledger.begin.remote(me))
         try:
             self._model, self._processor = prepared(**patching)
             run(self._model, self._processor, (), settings)  # it looks whether the model can do what is asked
         except Exception as error:  # raised here it would be tried again
             self._error = error
+        ledger.end.remote(me)
 
     def __call__(self, table: Any) -> Any:
         import pyarrow
@@ -76,7 +84,7 @@ class Worker:
         ranked = sorted(zip(tries, group), key=lambda pair: -pair[0])
         for count, item in ranked:
             if count >= TRIES:
-                error = RuntimeError(f"{item.audio}: the process that transcribed it ended, {count} times in a row")
+                error = ChildProcessError(f"{item.audio}: its worker's process ended, {count} times in a row; {REMEDY}")
                 yield item.key, failed(item, error)
             elif count:
                 yield from self._told([item])
