@@ -44,6 +44,7 @@ def cluster(address: str | None, workers: int | None, threads: int | None, devic
         cores = len(os.sched_getaffinity(0))
         each = threads or min(cores, 4)
         count = (workers or max(1, cores // each)) * each
+        os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # else an error stands at the beginning of every run
         ray.init(LOCAL, num_cpus=count, object_store_memory=STORE, **quiet)
     else:
         ray.init(address, log_to_driver=False, logging_level=logging.ERROR)
