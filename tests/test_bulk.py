@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from pages import blocks, run
 
 from whisperkv.transcription.audio import RATE, read_audio
 from whisperkv.transcription.results import Segment, Transcript
@@ -273,7 +274,7 @@ def clips(recordings):
 
 
 class TestWorker:
-    @pytest.fixture(scope="class")
+    @pytest.fixture
     def ledger(self, two_workers):
         return ray.remote(num_cpus=0)(Ledger).remote()
 
@@ -344,11 +345,11 @@ def workers_of_ray():
     return found
 
 
-def test_nothing_is_lost_and_nothing_doubled(two_workers, clips, tiny_en, tmp_path):
+def test_nothing_is_lost_and_nothing_doubled(two_workers, clips, tiny_en, tmp_path, monkeypatch):
     """The driver is killed, then a worker; a recording cannot be read, and another kills its worker."""
     import whisperkv
 
-    source, out = tmp_path / "in", tmp_path / "out"
+    source, out = tmp_path / "recordings", tmp_path / "rows"
     source.mkdir()
     for clip in clips:
         (source / clip.name).symlink_to(clip)
@@ -378,10 +379,9 @@ def test_nothing_is_lost_and_nothing_doubled(two_workers, clips, tiny_en, tmp_pa
             os.kill(process, signal.SIGKILL)
             killed.append(process)
 
-    settings = {"temperature": tuple(0.2 * step for step in range(6)), "batch_size": 2}
     killer = threading.Thread(target=kill)
     killer.start()
-    summary = transcribe_dataset(source, out, output_format="jsonl", workers=2, threads=1, **settings)
+    summary = transcribe_dataset(source, out, output_format="jsonl", workers=2, threads=1, batch_size=2)
     killer.join(timeout=10)
     assert len(killed) == 1
     assert (summary.done, summary.skipped) == (len(clips) - len(first), len(first))
@@ -400,10 +400,11 @@ def test_nothing_is_lost_and_nothing_doubled(two_workers, clips, tiny_en, tmp_pa
     texts = {row["key"]: row["text"] for row in rows}
     assert {clip.name: each.text for clip, each in zip(clips, alone)}.items() <= texts.items()
 
-    again = transcribe_dataset(source, out, output_format="jsonl", **settings)  # no worker is started for nothing
-    assert (again.done, again.skipped, set(again.failed)) == (0, len(clips), set(errors))
-    assert rows_of(out) == rows
+    monkeypatch.chdir(tmp_path)
+    (block,) = blocks("docs/how-to/bulk.md")  # no worker is started for nothing
+    said = run(block, {}, "docs/how-to/bulk.md")
+    assert said == f"0 done, {len(clips)} done before, {summary.failed} failed\n" and rows_of(out) == rows
     (source / "broken.wav").unlink()
     (source / "deadly.m4a").unlink()
-    with Bulk(source, out, Settings(**settings), patching={"model": "tiny.en"}, output_format="jsonl") as bulk:
+    with Bulk(source, out, Settings(), patching={"model": "tiny.en"}, output_format="jsonl") as bulk:
         assert not bulk.left and not bulk.failed_before and bulk.skipped == len(clips)

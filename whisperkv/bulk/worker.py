@@ -55,8 +55,8 @@ class Worker:
         self._error: Exception | None = None
         me = [f"worker {ray.get_runtime_context().get_actor_id()}"]
         if ray.get(ledger.tries.remote(me))[0] >= TRIES:
-            name = patching["model"]
-            self._error = ChildProcessError(f"model {name!r}: the process that loaded it ended, {TRIES} times; {REMEDY}")
+            what = f"model {patching['model']!r}: the process that loaded it ended, {TRIES} times"
+            self._error = ChildProcessError(f"{what}; {REMEDY}")
             return
         ray.get(ledger.begin.remote(me))
         try:

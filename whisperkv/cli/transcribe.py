@@ -125,10 +125,10 @@ def transcribe(
             raise ValueError("--max_line_width and its kin cut subtitles between words: add --word_timestamps")
         rising = temperature_increment_on_fallback
         steps = int((1 - temperature) / rising + 1e-6) if rising > 0 else 0
+        temperatures = tuple(round(temperature + rising * step, 6) for step in range(max(steps, 0) + 1))
         settings = Settings(
-            language, task, beam_size, tuple(temperature + rising * step for step in range(max(steps, 0) + 1)),
-            initial_prompt, condition_on_previous_text, word_timestamps, vad, batch_size,
-            compression_ratio_threshold, logprob_threshold, no_speech_threshold,
+            language, task, beam_size, temperatures, initial_prompt, condition_on_previous_text, word_timestamps, vad,
+            batch_size, compression_ratio_threshold, logprob_threshold, no_speech_threshold,
         )  # fmt: skip
         eviction = held = None
         if not (recent is heavy is policy is None):
