@@ -1,7 +1,8 @@
 """Many recordings by Ray: a worker is killed, then the driver, and what comes out is held against one process.
 
-200 recordings (100 utterances of LibriSpeech and 100 spoken digits) by two workers of a local cluster. One of them is killed when a fifth is done, and the driver when half is; the same command then does the rest.
-Nothing may be lost, nothing doubled, and the texts must be those of one process.
+200 recordings (100 utterances of LibriSpeech and 100 spoken digits) by two workers of a local cluster. One of them is
+killed when a fifth is done, and the driver when half is; the same command then does the rest. Nothing may be lost,
+nothing doubled, and the texts must be those of one process.
 """
 
 import argparse

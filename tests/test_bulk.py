@@ -250,6 +250,52 @@ def test_without_ray(folder, monkeypatch):
         transcribe_dataset(folder, folder.parent / "out")
 
 
+class TestCommand:
+    """What `whisperkv transcribe --ray` says, with a run that is made up."""
+
+    @pytest.fixture
+    def run(self, folder, monkeypatch):
+        testing = pytest.importorskip("typer.testing")
+        from whisperkv.cli import application
+        from whisperkv.transcription.engine import News
+
+        def run(*options, ends_with=None, failed_before=()):
+            class Made(Bulk):
+                def __enter__(self):
+                    self.left, self.skipped, self.failed_before = measured(self._found), 1, list(failed_before)
+                    return self
+
+                def __exit__(self, *error):
+                    pass
+
+                def news(self):
+                    for number, item in enumerate(self.left):
+                        error = ValueError("no sound") if item.key == "b.flac" and not ends_with else None
+                        yield News(number, item.audio, [], 1.5, one(item.key, error)[1])
+                    if ends_with:
+                        raise ends_with
+
+            monkeypatch.setattr("whisperkv.bulk.running.Bulk", Made)
+            command = ["transcribe", folder, "--ray", "local", "-o", folder.parent / "out", *options]
+            return testing.CliRunner().invoke(application(), list(map(str, command)))
+
+        return run
+
+    def test_how_it_ends(self, run, folder):
+        found = run("-f", "parquet")
+        assert found.exit_code == 1 and "2 of 3 recordings done" in found.stderr
+        assert f"{folder}/b.flac: no sound" in found.stderr and "1 were there already" in found.stderr
+        found = run(failed_before=["x.wav"], ends_with=KeyboardInterrupt())
+        assert found.exit_code == 130 and "interrupted; the same command goes on" in found.stderr
+        assert "1 had failed before; --retry_failed tries again" in found.stderr
+        found = run(ends_with=ChildProcessError("model 'base': the process that loaded it ended"))
+        assert found.exit_code == 2 and "whisperkv transcribe: model 'base': the process" in found.stderr
+
+    def test_wrong_options(self, run):
+        assert "output_format must be one of parquet, jsonl, txt" in run("-f", "pdf").stderr
+        assert run("--max_line_width", "20").exit_code == 2
+
+
 # On a cluster
 
 

@@ -116,9 +116,9 @@ def write_files(transcript: Transcript, stem: Path, wanted: list[str], layout: L
     """STEM.txt and so on. Each appears under its name when it is whole, and none before all are written."""
     stem.parent.mkdir(parents=True, exist_ok=True)
     paths = [stem.parent / f"{stem.name}.{name}" for name in wanted]
-    with ExitStack() as files:
-        for name, path in zip(wanted, paths):
-            file = files.enter_context(replacing(path))
+    with ExitStack() as stack:
+        files = [stack.enter_context(replacing(path)) for path in reversed(paths)]  # the first is left first
+        for name, file in zip(wanted, reversed(files)):
             WRITERS[name]().write(transcript, file, layout)
             file.flush()
             os.fsync(file.fileno())
@@ -129,9 +129,9 @@ def write_files(transcript: Transcript, stem: Path, wanted: list[str], layout: L
 def replacing(path: Path, mode: str = "w") -> Iterator[IO[Any]]:
     """A file that appears under this name when it is whole, in place of one that is there; after an error, not at
     all."""
-    text = {} if "b" in mode else {"encoding": "utf-8"}
+    encoding = None if "b" in mode else "utf-8"
     with tempfile.NamedTemporaryFile(
-        mode, dir=path.parent, prefix=f".{path.stem}.", suffix=path.suffix, delete=False, **text
+        mode, dir=path.parent, prefix=f".{path.stem}.", suffix=path.suffix, delete=False, encoding=encoding
     ) as file:
         try:
             yield file
