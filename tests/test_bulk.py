@@ -31,8 +31,9 @@ from whisperkv.bulk import items as reading  # noqa: E402
 from whisperkv.bulk import outputs  # noqa: E402
 from whisperkv.bulk.cluster import cluster  # noqa: E402
 from whisperkv.bulk.items import Item, audios, groups, items, measured  # noqa: E402
+from whisperkv.bulk.ledger import Ledger  # noqa: E402
 from whisperkv.bulk.running import Bulk, transcribe_dataset  # noqa: E402
-from whisperkv.bulk.worker import TRIES, Ledger, Worker  # noqa: E402
+from whisperkv.bulk.worker import TRIES, Worker  # noqa: E402
 
 
 def noise(seconds, seed=0):
@@ -319,11 +320,12 @@ def clips(recordings):
     return sorted((recordings / "librispeech" / "test-other").glob("*.flac"), key=lambda path: path.stat().st_size)[:12]
 
 
-class TestWorker:
-    @pytest.fixture
-    def ledger(self, two_workers):
-        return ray.remote(num_cpus=0)(Ledger).remote()
+@pytest.fixture(scope="module")
+def ledger(two_workers):
+    return ray.remote(num_cpus=0)(Ledger).remote()
 
+
+class TestWorker:
     @pytest.fixture
     def worker(self, ledger, tiny_en, monkeypatch):
         """One that notes what it decodes together, and hears nothing: files called bad raise, files called good do."""
@@ -362,6 +364,7 @@ class TestWorker:
         assert worker.heard == ["e", "d", "ab"] and set(found) == set("abdef")
         assert f"its worker's process ended, {TRIES} times" in str(found["f"].error)
         assert ray.get(ledger.tries.remote(list("abdef"))) == [0, 0, 0, 0, TRIES]
+        ledger.end.remote(["f"])
 
     def test_what_no_recording_can_help(self, ledger, tiny_en, monkeypatch):
         monkeypatch.setattr("whisperkv.bulk.worker.prepared", lambda **given: tiny_en)
@@ -402,7 +405,7 @@ def test_nothing_is_lost_and_nothing_doubled(two_workers, clips, tiny_en, tmp_pa
     address = ray.get_runtime_context().gcs_address
     command = [
         *(sys.executable, "-m", "whisperkv", "transcribe", source, "--ray", address, "--workers", 1, "--threads", 1),
-        *("--output_dir", out, "--output_format", "jsonl", "--batch_size", 2),
+        *("--output_dir", out, "--output_format", "jsonl", "--batch_size", 1),
     ]
     with open(tmp_path / "said", "w") as said:
         driver = subprocess.Popen(list(map(str, command)), stderr=said)
@@ -427,7 +430,7 @@ def test_nothing_is_lost_and_nothing_doubled(two_workers, clips, tiny_en, tmp_pa
 
     killer = threading.Thread(target=kill)
     killer.start()
-    summary = transcribe_dataset(source, out, output_format="jsonl", workers=2, threads=1, batch_size=2)
+    summary = transcribe_dataset(source, out, output_format="jsonl", workers=2, threads=1, batch_size=1)
     killer.join(timeout=10)
     assert len(killed) == 1
     assert (summary.done, summary.skipped) == (len(clips) - len(first), len(first))
@@ -441,7 +444,7 @@ def test_nothing_is_lost_and_nothing_doubled(two_workers, clips, tiny_en, tmp_pa
     assert "its worker's process ended, 3 times in a row" in errors["deadly.m4a"]
 
     model, processor = tiny_en
-    alone = whisperkv.transcribe(clips, model=model, processor=processor)
+    alone = whisperkv.transcribe(clips, model=model, processor=processor, batch_size=1)
     whisperkv.unpatch(model)
     texts = {row["key"]: row["text"] for row in rows}
     assert {clip.name: each.text for clip, each in zip(clips, alone)}.items() <= texts.items()

@@ -17,8 +17,9 @@ from ..transcription.settings import Settings
 from ..transcription.writers import Layout
 from .cluster import Shape, cluster, need_ray
 from .items import Item, groups, items, measured
+from .ledger import Ledger
 from .outputs import check_format, folder_of, output_of
-from .worker import Ledger, Worker
+from .worker import Worker
 
 
 @dataclass

@@ -1,8 +1,7 @@
-"""What runs on the cluster: workers with a model each, and a ledger of what they have begun."""
+"""What runs on the cluster, with a model of its own."""
 
 import pickle
-from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 from ..transcription.engine import run
@@ -20,23 +19,6 @@ class Fatal(Exception):
 
     def __init__(self, why: Exception) -> None:
         self.why = why
-
-
-class Ledger:
-    """An actor that outlives the workers: how often each recording was begun and not ended, as its worker died."""
-
-    def __init__(self) -> None:
-        self._begun: Counter[str] = Counter()
-
-    def tries(self, keys: Sequence[str]) -> list[int]:
-        return [self._begun[key] for key in keys]
-
-    def begin(self, keys: Sequence[str]) -> None:
-        self._begun.update(keys)
-
-    def end(self, keys: Sequence[str]) -> None:
-        for key in keys:
-            self._begun.pop(key, None)
 
 
 class Worker:
@@ -116,13 +98,13 @@ class Worker:
 
     def _together(self, group):
         found, opened = [], []
-        for item, audio in zip(group, audios(group)):
-            if isinstance(audio, Exception):
-                found.append((item.key, failed(item, audio)))
-            else:
-                opened.append((item, audio))
-        given = [audio for _, audio in opened]
         try:
+            for item, audio in zip(group, audios(group)):
+                if isinstance(audio, Exception):
+                    found.append((item.key, failed(item, audio)))
+                else:
+                    opened.append((item, audio))
+            given = [audio for _, audio in opened]
             for news in run(self._model, self._processor, given, self._settings):
                 if news.transcript:
                     item = opened[news.number][0]
