@@ -10,6 +10,7 @@ import threading
 import time
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -29,7 +30,7 @@ from pyarrow import parquet  # noqa: E402
 
 from whisperkv.bulk import items as reading  # noqa: E402
 from whisperkv.bulk import outputs  # noqa: E402
-from whisperkv.bulk.cluster import cluster  # noqa: E402
+from whisperkv.bulk.cluster import _shape, cluster  # noqa: E402
 from whisperkv.bulk.items import Item, audios, groups, items, measured  # noqa: E402
 from whisperkv.bulk.ledger import Ledger  # noqa: E402
 from whisperkv.bulk.running import Bulk, transcribe_dataset  # noqa: E402
@@ -243,6 +244,30 @@ def test_wrong_options(folder, given, error, says):
     with pytest.raises(error, match=says):
         transcribe_dataset(folder, folder.parent / "out", **given)
     assert not (folder.parent / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("has", "asked", "shape"),
+    [
+        ({"CPU": 8}, (None, None, None), (2, 4, 0)),
+        ({"CPU": 8}, (3, None, None), (3, 2, 0)),
+        ({"CPU": 8}, (None, 1, "cpu"), (8, 1, 0)),
+        ({"CPU": 8, "GPU": 1}, (None, None, None), (1, 4, 1)),
+        ({"CPU": 8, "GPU": 1}, (None, 2, "cpu"), (4, 2, 0)),
+        ({"CPU": 8, "GPU": 1}, (2, 2, None), "workers=2 of 2 threads: the cluster has 1 GPUs, room for 1"),
+        ({"CPU": 8}, (1, 1, "cuda"), "the cluster has 0 GPUs"),
+        ({"CPU": 8}, (5, 2, None), "workers=5 of 2 threads: the cluster has 8 cores, room for 4"),
+        ({"CPU": 8}, (1, 9, None), "threads=9: no machine of the cluster has more than 8 cores"),
+    ],
+)
+def test_shapes_of_clusters(has, asked, shape):
+    made = SimpleNamespace(cluster_resources=lambda: has, nodes=lambda: [{"Alive": True, "Resources": has}])
+    if isinstance(shape, str):
+        with pytest.raises(ValueError, match=shape):
+            _shape(made, *asked)
+    else:
+        found = _shape(made, *asked)
+        assert (found.workers, found.threads, found.gpus) == shape
 
 
 def test_without_ray(folder, monkeypatch):

@@ -9,6 +9,7 @@ from typing import Any
 
 STORE = 100 * 2**20  # bytes; what goes through it is small
 LOCAL = "local"
+MOST_THREADS = 4
 
 
 @dataclass(frozen=True)
@@ -42,8 +43,8 @@ def cluster(address: str | None, workers: int | None, threads: int | None, devic
     quiet = {"include_dashboard": False, "log_to_driver": False, "logging_level": logging.ERROR}
     if address in (None, LOCAL):
         cores = len(os.sched_getaffinity(0))
-        each = threads or min(cores, 4)
-        count = (workers or max(1, cores // each)) * each
+        threads = threads or _threads(cores, cores, workers)
+        count = (workers or max(1, cores // threads)) * threads
         os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # else an error stands at the beginning of every run
         ray.init(LOCAL, num_cpus=count, object_store_memory=STORE, **quiet)
     else:
@@ -61,11 +62,16 @@ def _shape(ray, workers, threads, device):
     cores, gpus = int(total.get("CPU", 0)), int(total.get("GPU", 0))
     on_gpu = gpus > 0 if device is None else device.startswith("cuda")
     largest = max((int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"]), default=0)
-    threads = threads or max(1, min(largest, 4))
+    threads = threads or _threads(cores, largest, workers)
     if threads > largest:
         raise ValueError(f"threads={threads}: no machine of the cluster has more than {largest} cores")
     room = gpus if on_gpu else cores // threads
     if room == 0 or (workers or 0) > room:
         have = f"{gpus} GPUs" if on_gpu else f"{cores} cores"
-        raise ValueError(f"workers={workers} of {threads} threads: the cluster has {have}, room for {room}")
+        raise ValueError(f"workers={workers or 1} of {threads} threads: the cluster has {have}, room for {room}")
     return Shape(workers or room, threads, int(on_gpu))
+
+
+def _threads(cores, largest, workers):
+    """Of a worker, where none are given. largest: the cores of the largest machine."""
+    return max(1, min(largest, MOST_THREADS, cores // (workers or 1)))

@@ -2,6 +2,7 @@
 
 import os
 import pickle
+import re
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -109,7 +110,7 @@ class Bulk:
         given = {name: value for name, value in self._patching.items() if name != "device"}
         about = self._settings.__dict__.items()
         given |= {name: value for name, value in about if name not in ("batch_size", "seed")}
-        return {name: repr(value) for name, value in given.items()}
+        return {name: re.sub(" at 0x[0-9a-f]+", "", repr(value)) for name, value in given.items()}  # of a function
 
 
 def _answers(left, patching, settings, shape: Shape):

@@ -51,13 +51,14 @@ class Worker:
     def __call__(self, table: Any) -> Any:
         import pyarrow
 
-        (group,) = table.column("group").to_pylist()
+        groups = map(pickle.loads, table.column("group").to_pylist())
+        return pyarrow.table({"answer": [pickle.dumps(self._answer(group)) for group in groups]})
+
+    def _answer(self, group) -> dict[str, Transcript] | Exception:
         try:
-            done = dict(self._transcribed(pickle.loads(group)))
-            answer = pickle.dumps(done)
+            return dict(self._transcribed(group))
         except Fatal as error:
-            answer = pickle.dumps(sendable(error.why))
-        return pyarrow.table({"answer": [answer]})
+            return sendable(error.why)
 
     def _transcribed(self, group) -> Iterator[tuple[str, Transcript]]:
         if self._error:
