@@ -135,6 +135,9 @@ def test_ctrl_c_loses_nothing_that_was_done(whisperkv, clips, tmp_path, monkeypa
         (["--cross", "int3"], "CrossConfig.format must be one of"),
         (["--recent", "8", "--heavy", "-1"], "EvictionConfig.heavy must be a whole number"),
         (["--lossless", "--trim", "off"], "leave out cross"),
+        (["--workers", "2"], "--workers is of Ray: add --ray local"),
+        (["--output_format", "parquet"], "--output_format parquet is written by Ray: add --ray local"),
+        (["--ray", "local", "--output_dir", "-"], "--ray writes into a folder: name it by --output_dir"),
         (["--model", "nothing-like-it"], "no such folder, and none of tiny"),
     ],
 )
@@ -242,7 +245,8 @@ def test_help_names_every_option(whisperkv):
     for name in (
         "device language task beam_size temperature temperature_increment_on_fallback initial_prompt vad weights "
         "condition_on_previous_text word_timestamps max_line_width max_line_count output_dir output_format threads "
-        "recent heavy policy cross trim lossless batch_size skip-existing"
+        "recent heavy policy cross trim lossless batch_size skip-existing ray workers "
+        "retry_failed"
     ).split():
         assert f"--{name}" in found.stdout, name
     for name in ("transcribe", "bench", "info", "prune"):

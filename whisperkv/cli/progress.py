@@ -27,7 +27,8 @@ class Progress:
 
     def __init__(self, command: str) -> None:
         self.command, self.console = command, Console(stderr=True)
-        self.skipped = self.done = 0
+        self.skipped = self.done = self.failed_before = 0
+        self.remedy = "the same command with --skip-existing goes on"  # after Ctrl-C
         self.failed: list[str] = []
         self.exit_code = 0
         self._lengths: list[float | None] = []
@@ -43,8 +44,9 @@ class Progress:
         if self.console.is_terminal:
             self.console.print(f"[dim]{escape(text)}")
 
-    def begin(self, names: list[str]) -> None:
-        self._lengths = [seconds_of(name) for name in names]
+    def begin(self, names: list[str], lengths: list[float | None] | None = None) -> None:
+        """lengths: the seconds of each, if they are known."""
+        self._lengths = lengths or [seconds_of(name) for name in names]
         self._heard = [0.0] * len(names)
         known = None if None in self._lengths else sum(each or 0.0 for each in self._lengths)
         self._start = time.perf_counter()
@@ -83,7 +85,7 @@ class Progress:
         signal.signal(signal.SIGTERM, self._before)
         self._bar.stop()
         if isinstance(error, KeyboardInterrupt):
-            self._sum_up("interrupted; the same command with --skip-existing goes on")
+            self._sum_up(f"interrupted; {self.remedy}")
             raise typer.Exit(130)
         if isinstance(error, BrokenPipeError):
             sys.stdout = open("/dev/null", "w")  # nobody reads on; Python would complain of it again at the end
@@ -92,7 +94,7 @@ class Progress:
             self.console.print(f"whisperkv {self.command}: {escape(str(error))}", soft_wrap=True, highlight=False)
             raise typer.Exit(2)
         if error is None:
-            self.exit_code = 1 if self.failed else 0
+            self.exit_code = 1 if self.failed or self.failed_before else 0
             self._sum_up("")
 
     def _sum_up(self, why):
@@ -106,6 +108,7 @@ class Progress:
             parts.append(f"{heard:.0f} s of audio in {seconds:.1f} s, {heard / seconds:.1f} times real time")
         parts += [f"{len(self.failed)} failed"] if self.failed else []
         parts += [f"{self.skipped} were there already"] if self.skipped else []
+        parts += [f"{self.failed_before} had failed before; --retry_failed tries again"] if self.failed_before else []
         parts += [why] if why else []
         self.console.print(escape("; ".join(parts)), soft_wrap=True, highlight=False)
 

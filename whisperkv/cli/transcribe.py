@@ -1,6 +1,6 @@
 """whisperkv transcribe."""
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -22,6 +22,7 @@ def _panel(title):
 
 _file, _speech, _text = _panel("Input and output"), _panel("What is heard"), _panel("Subtitles")
 _doubt, _fast = _panel("When a text is doubtful"), _panel("Speed and memory")
+_bulk = _panel("Many recordings")
 _COUNT = {"min": 1, "metavar": "N"}
 
 
@@ -39,9 +40,22 @@ def transcribe(
     ] = None,
     output_format: Annotated[
         str | None,
-        _file("--output_format", "-f", "txt, vtt, srt, tsv, json or all.", default="all; txt on standard output"),
+        _file(
+            "--output_format",
+            "-f",
+            "txt, vtt, srt, tsv, json or all; with --ray, parquet or jsonl too.",
+            default="all; txt on standard output",
+        ),
     ] = None,
     skip_existing: Annotated[bool, _file("--skip-existing", "Leave out recordings whose files are there.")] = False,
+    ray: Annotated[
+        str | None,
+        _bulk("--ray", "By Ray: local, or a cluster's address. Takes manifests and Parquet, too.", default="no"),
+    ] = None,
+    workers: Annotated[
+        int | None, _bulk("--workers", "Models at once, each of so many --threads.", default="as many as fit", **_COUNT)
+    ] = None,
+    retry_failed: Annotated[bool, _bulk("--retry_failed", "Those again that failed in a run before.")] = False,
     language: Annotated[str | None, _speech("--language", "-l", "As de or german.", default="heard")] = None,
     task: Annotated[str, _speech("--task", "transcribe, or translate into English.")] = "transcribe",
     initial_prompt: Annotated[str | None, _speech("--initial_prompt", "Text that sets tone and spelling.")] = None,
@@ -93,8 +107,8 @@ def transcribe(
     """Transcribe recordings of any length into txt, vtt, srt, tsv and json.
 
     Each recording's files are written as soon as it is done. After an interruption, the same command with
-    `--skip-existing` goes on. The exit code is 0 if all went well, 1 if a recording failed, 2 for a wrong option, 130
-    after Ctrl-C.
+    `--skip-existing` goes on; with `--ray` it always does. The exit code is 0 if all went well, 1 if a recording
+    failed, 2 for a wrong option, 130 after Ctrl-C.
     """
     import torch
 
@@ -104,37 +118,63 @@ def transcribe(
     from ..transcription.transcribing import prepared
     from ..transcription.writers import Layout, formats
 
-    if threads is not None:
-        torch.set_num_threads(threads)
     to_stdout = output_dir == "-" or output_dir is None and audio == ["-"]
     with Progress("transcribe") as progress:
         layout = Layout(max_line_width, max_line_count, max_words_per_line, highlight_words)
         if layout.needs_words and not word_timestamps:
             raise ValueError("--max_line_width and its kin cut subtitles between words: add --word_timestamps")
-        wanted = formats(output_format or ("txt" if to_stdout else "all"))
-        if to_stdout and len(wanted) > 1:
-            raise ValueError(f"--output_format {output_format}: standard output takes one format; choose one")
         rising = temperature_increment_on_fallback
         steps = int((1 - temperature) / rising + 1e-6) if rising > 0 else 0
+        temperatures = tuple(round(temperature + rising * step, 6) for step in range(max(steps, 0) + 1))
         settings = Settings(
-            language, task, beam_size, tuple(temperature + rising * step for step in range(max(steps, 0) + 1)),
-            initial_prompt, condition_on_previous_text, word_timestamps, vad, batch_size,
-            compression_ratio_threshold, logprob_threshold, no_speech_threshold,
+            language, task, beam_size, temperatures, initial_prompt, condition_on_previous_text, word_timestamps, vad,
+            batch_size, compression_ratio_threshold, logprob_threshold, no_speech_threshold,
         )  # fmt: skip
-        jobs = plan(audio, "-" if to_stdout else output_dir or ".")
-        left = [job for job in jobs if not (skip_existing and job.is_written(wanted))]
-        progress.skipped = len(jobs) - len(left)
-        if left:
-            eviction = held = None
-            if not (recent is heavy is policy is None):
-                eviction = EvictionConfig(policy or "heavy_hitter", 64 if recent is None else recent, heavy or 0)
-            if cross or trim:
-                held = CrossConfig(cross or "latent_int8", trim or "padding")
-            progress.say(f"loading {model}")
-            whisper, processor = prepared(
-                model, device=device, eviction=eviction, cross=held, weights=weights, lossless=lossless
-            )
-            progress.begin([job.source for job in left])
-            for news in transcribe_files(left, whisper, processor, settings, wanted, layout):
-                progress.tell(news)
+        eviction = held = None
+        if not (recent is heavy is policy is None):
+            eviction = EvictionConfig(policy or "heavy_hitter", 64 if recent is None else recent, heavy or 0)
+        if cross or trim:
+            held = CrossConfig(cross or "latent_int8", trim or "padding")
+        patching: dict[str, Any] = {
+            "model": model, "device": device, "eviction": eviction, "cross": held, "weights": weights,
+            "lossless": lossless,
+        }  # fmt: skip
+        if ray is not None:
+            if to_stdout:
+                raise ValueError("--ray writes into a folder: name it by --output_dir")
+            from ..bulk.running import Bulk
+
+            progress.remedy = "the same command goes on"
+            bulk = Bulk(
+                audio, output_dir or ".", settings, patching=patching, output_format=output_format or "all",
+                layout=layout, ray=ray, workers=workers, threads=threads, retry_failed=retry_failed,
+            )  # fmt: skip
+            progress.say(f"starting Ray and loading {model}")
+            with bulk:
+                progress.skipped, progress.failed_before = bulk.skipped, len(bulk.failed_before)
+                if bulk.left:
+                    progress.begin([item.audio for item in bulk.left], [item.seconds for item in bulk.left])
+                    for news in bulk.news():
+                        progress.tell(news)
+        else:
+            given = {"--workers": workers, "--retry_failed": retry_failed or None}
+            alone = next((name for name, value in given.items() if value is not None), None)
+            if alone:
+                raise ValueError(f"{alone} is of Ray: add --ray local")
+            if output_format in ("parquet", "jsonl"):
+                raise ValueError(f"--output_format {output_format} is written by Ray: add --ray local")
+            if threads is not None:
+                torch.set_num_threads(threads)
+            wanted = formats(output_format or ("txt" if to_stdout else "all"))
+            if to_stdout and len(wanted) > 1:
+                raise ValueError(f"--output_format {output_format}: standard output takes one format; choose one")
+            jobs = plan(audio, "-" if to_stdout else output_dir or ".")
+            left = [job for job in jobs if not (skip_existing and job.is_written(wanted))]
+            progress.skipped = len(jobs) - len(left)
+            if left:
+                progress.say(f"loading {model}")
+                whisper, processor = prepared(**patching)
+                progress.begin([job.source for job in left])
+                for news in transcribe_files(left, whisper, processor, settings, wanted, layout):
+                    progress.tell(news)
     raise typer.Exit(progress.exit_code)

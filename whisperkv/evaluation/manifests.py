@@ -1,6 +1,5 @@
 """Lists of recordings: tables, JSON lines, and objects of `datasets`."""
 
-import csv
 import functools
 import tempfile
 from collections.abc import Iterator
@@ -11,17 +10,8 @@ from typing import Any
 import numpy as np
 
 from ..transcription.audio import RATE, read_audio
-from .samples import Sample, read_json, recording, reference
-
-MANIFESTS = (".tsv", ".csv", ".jsonl", ".json")
-NAMES = {  # of a field: those that it goes by, here and elsewhere
-    "audio": ("audio", "path", "file", "file_name", "audio_filepath"),
-    "text": ("text", "sentence", "transcript", "transcription"),
-    "id": ("id",),
-    "begin": ("begin", "offset"),
-    "end": ("end",),
-    "duration": ("duration",),
-}
+from ..transcription.manifests import entries, listed
+from .samples import Sample, recording, reference
 
 
 def manifest(path: str | PathLike[str]) -> Iterator[Sample]:
@@ -29,21 +19,13 @@ def manifest(path: str | PathLike[str]) -> Iterator[Sample]:
     lines. "audio" is a path from the manifest's folder, "text" what is said, if that is known; "id", "begin" and "end"
     in seconds if a part of a recording is meant. Names that Common Voice, NeMo and audiofolder use do as well."""
     path = Path(path)
-    for number, given in _lines(path):
-        place = f"{path}, line {number}"
-        audio, text = _field(given, "audio"), _field(given, "text")
-        if not audio:
-            known = ", ".join(map(repr, NAMES["audio"]))
-            raise ValueError(f"{place}: no audio; the field is called one of {known}, and this line has {_had(given)}")
-        begin, end, duration = (_seconds(given, field, place) for field in ("begin", "end", "duration"))
-        if end is None and begin is not None and duration is not None:
-            end = begin + duration
+    for each in entries(path):
         yield Sample(
-            str(_field(given, "id") or Path(audio).stem),
-            recording(path.parent / audio, place),
-            "" if text is None else reference(str(text), place),
-            begin=begin or 0.0,
-            end=end,
+            each.id or Path(each.audio).stem,
+            recording(path.parent / each.audio, each.place),
+            "" if each.text is None else reference(each.text, each.place),
+            begin=each.begin or 0.0,
+            end=each.end,
         )
 
 
@@ -59,7 +41,7 @@ def from_dataset(rows: Any, audio: str = "audio", text: str = "text") -> Iterato
     for number, row in enumerate(rows, 1):
         place = f"row {number} of the dataset"
         if not isinstance(row, dict) or row.get(audio) is None:
-            had = _had(row) if isinstance(row, dict) else type(row).__name__
+            had = listed(row) if isinstance(row, dict) else type(row).__name__
             raise ValueError(f"{place}: no {audio!r}, and it has {had}: name the column by audio=")
         said = row.get(text)
         yield Sample(
@@ -89,47 +71,3 @@ def _decoded(held, place):
     if len(samples) == 0:
         raise ValueError(f"{place}: there is no sound in it")
     return samples
-
-
-def _lines(path):
-    """(number, {name: value}) of each line that is not empty."""
-    with open(path, newline="", encoding="utf-8-sig") as file:
-        if path.suffix.lower() in (".tsv", ".csv"):
-            plain: Any = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if path.suffix.lower() == ".tsv" else {}
-            table = csv.DictReader(file, restkey="", **plain)
-            _check_columns(path, table.fieldnames or [])
-            for row in table:
-                if "" in row:
-                    raise ValueError(f"{path}, line {table.line_num}: more cells than the first line has columns")
-                yield table.line_num, {name: value for name, value in row.items() if value is not None}
-            return
-        for number, line in enumerate(file, 1):
-            if line.strip():
-                given = read_json(f"{path}, line {number}", line)
-                if not isinstance(given, dict):
-                    raise ValueError(f'{path}, line {number}: not an object, as {{"audio": "a.wav", "text": "Hello."}}')
-                yield number, given
-
-
-def _check_columns(path, names):
-    if not set(names) & set(NAMES["audio"]):
-        known = ", ".join(map(repr, NAMES["audio"]))
-        raise ValueError(f"{path}: its first line must name the columns, one of them {known}; it has {names}")
-
-
-def _field(given, field):
-    return next((given[name] for name in NAMES[field] if given.get(name) is not None), None)
-
-
-def _seconds(given, field, place):
-    value = _field(given, field)
-    if value in (None, ""):
-        return None
-    try:
-        return float(value)
-    except (TypeError, ValueError):
-        raise ValueError(f"{place}: {field} must be seconds; got {value!r}") from None
-
-
-def _had(given):
-    return ", ".join(map(repr, given)) or "nothing"

@@ -4,8 +4,9 @@ from collections.abc import Iterator
 from os import PathLike
 from pathlib import Path
 
-from .manifests import MANIFESTS, from_dataset, manifest
-from .samples import AUDIO, Sample, read_json, recording, reference
+from ..transcription.manifests import MANIFESTS, read_json
+from .manifests import from_dataset, manifest
+from .samples import AUDIO, Sample, recording, reference
 
 PUNCTUATION = {"<COMMA>": ",", "<PERIOD>": ".", "<QUESTIONMARK>": "?", "<EXCLAMATIONPOINT>": "!"}  # of GigaSpeech
 NO_SPEECH = ("<SIL>", "<MUSIC>", "<NOISE>", "<OTHER>")

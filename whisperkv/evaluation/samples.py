@@ -1,6 +1,5 @@
 """A recording with what is said in it, and what every reader of data sets needs."""
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,10 +49,3 @@ def reference(text: str, place: object) -> str:
             "recordings, and they are held against the unpatched model's"
         )
     return " ".join(text.split())
-
-
-def read_json(place: object, text: str):  # type: ignore[no-untyped-def]  # any JSON
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{place}: this is no JSON ({error})") from error

@@ -35,6 +35,11 @@ def read_blocks(path: str | PathLike[str]) -> Iterator[Samples]:
     return _checked(str(path), _blocks(path))
 
 
+def read_bytes(data: bytes, name: str) -> Samples:
+    """A recording whose file is in memory."""
+    return np.concatenate(list(_checked(name, _any(name, io.BytesIO(data), data))))
+
+
 def blocks_of(samples: NDArray[np.floating]) -> Iterator[Samples]:
     """An array in memory as a recording."""
     given = np.asarray(samples)

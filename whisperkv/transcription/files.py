@@ -33,10 +33,14 @@ def plan(audios: Iterable[str | PathLike[str]], output_dir: str | PathLike[str])
     A file of a folder keeps its place: FOLDER/talks/a.mp3 becomes OUTPUT_DIR/talks/a.txt. Where two would be written to
     one file, they keep their endings: a.mp3.txt and a.wav.txt.
     """
-    found = [pair for audio in audios for pair in _sources(str(audio))]
-    found = list(dict.fromkeys(found))
+    found = list(dict.fromkeys(pair for audio in audios for pair in sources(str(audio))))
     if str(output_dir) == STDOUT:
         return [Job(source, None) for source, _ in found]
+    return placed(found, output_dir)
+
+
+def placed(found: Sequence[tuple[str, Path]], output_dir: str | PathLike[str]) -> list[Job]:
+    """The jobs of recordings by their places below the output folder."""
     whole = [Path(output_dir, place) for _, place in found]
     short = [path.with_suffix("") if path.suffix.lower() in ENDINGS else path for path in whole]
     counts = Counter(short)
@@ -51,7 +55,7 @@ def plan(audios: Iterable[str | PathLike[str]], output_dir: str | PathLike[str])
     return [Job(source, stem) for (source, _), stem in zip(found, stems)]
 
 
-def _sources(audio):
+def sources(audio: str) -> list[tuple[str, Path]]:
     """(source, place below the output folder) of a file, or of all recordings in a folder."""
     path = Path(audio)
     if audio == STDIN:

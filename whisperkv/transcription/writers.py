@@ -5,9 +5,10 @@ import os
 import re
 import tempfile
 from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, ClassVar, NamedTuple
+from typing import IO, Any, ClassVar, NamedTuple
 
 from .results import Segment, Transcript, Word
 
@@ -114,24 +115,33 @@ def formats(name: str) -> list[str]:
 def write_files(transcript: Transcript, stem: Path, wanted: list[str], layout: Layout = Layout()) -> list[Path]:
     """STEM.txt and so on. Each appears under its name when it is whole, and none before all are written."""
     stem.parent.mkdir(parents=True, exist_ok=True)
-    written = []
-    try:
-        for name in wanted:
-            with tempfile.NamedTemporaryFile(
-                "w", dir=stem.parent, prefix=f".{stem.name}.", suffix=f".{name}", delete=False, encoding="utf-8"
-            ) as file:
-                written.append((file.name, stem.parent / f"{stem.name}.{name}"))
-                WRITERS[name]().write(transcript, file, layout)
-                file.flush()
-                os.fsync(file.fileno())
+    paths = [stem.parent / f"{stem.name}.{name}" for name in wanted]
+    with ExitStack() as stack:
+        files = [stack.enter_context(replacing(path)) for path in reversed(paths)]  # the first is left first
+        for name, file in zip(wanted, reversed(files)):
+            WRITERS[name]().write(transcript, file, layout)
+            file.flush()
+            os.fsync(file.fileno())
+    return paths
+
+
+@contextmanager
+def replacing(path: Path, mode: str = "w") -> Iterator[IO[Any]]:
+    """A file that appears under this name when it is whole, in place of one that is there; after an error, not at
+    all."""
+    encoding = None if "b" in mode else "utf-8"
+    with tempfile.NamedTemporaryFile(
+        mode, dir=path.parent, prefix=f".{path.stem}.", suffix=path.suffix, delete=False, encoding=encoding
+    ) as file:
+        try:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
             os.chmod(file.name, 0o666 & ~_umask())
-        for part, whole in written:
-            os.replace(part, whole)
-    except BaseException:
-        for part, _ in written:
-            Path(part).unlink(missing_ok=True)
-        raise
-    return [whole for _, whole in written]
+            os.replace(file.name, path)
+        except BaseException:
+            Path(file.name).unlink(missing_ok=True)
+            raise
 
 
 def clock(seconds: float, hours: bool = False, point: str = ".") -> str:
