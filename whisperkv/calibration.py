@@ -50,6 +50,12 @@ def rank_of(keep, width):
     return max(round(keep * 2 * width / RANKS), 1) * RANKS
 
 
+def state_of(*weights):
+    """What changes when they do."""
+    some = [each for each in weights if each is not None]
+    return [(each.data_ptr(), 0 if each.is_inference() else each._version) for each in some]
+
+
 class Calibration:
     """The tensors of a file, known to be of this decoder. `field` is the setting that named it, for the errors."""
 
@@ -129,7 +135,7 @@ class Codes:
         self.mean = tensors["cross.mean"]
         self._there = tensors["cross.there"][:, channels].contiguous()  # [width, channels]
         self._back = tensors["cross.back"][channels].contiguous()  # [channels, width]
-        self._packed = {}
+        self._packed, self._biases = {}, {}
 
     @property
     def channels(self):
@@ -141,7 +147,7 @@ class Codes:
 
     @property
     def nbytes(self):
-        own = self.scales, self.mean, self._there, self._back
+        own = self.scales, self.mean, self._there, self._back, *(bias for _, bias in self._biases.values())
         return sum(each.nbytes for each in own) + sum(each.nbytes for both in self._packed.values() for each in both)
 
     def on(self, device):
@@ -170,14 +176,18 @@ class Codes:
         linears = attention.k_proj, attention.v_proj
         key, value = (packed.of(linear.weight) for packed, linear in zip(self.packed(attention), linears))
         key = key.unflatten(0, (attention.num_heads, -1)).transpose(1, 2)
-        return key, value, self.bias(attention.v_proj)
+        return key, value, self.bias(attention)
 
-    def bias(self, project):
-        """What the mean, which is in no frame, adds to all of them."""
-        weight = project.weight.detach()
-        bias = weight.float() @ self.mean.to(weight.device)
-        bias = bias if project.bias is None else bias + project.bias.detach().float()
-        return bias.to(weight.dtype)
+    def bias(self, attention):
+        """That of the values with what the mean, which is in no frame, adds to all of them."""
+        project, index = attention.v_proj, attention.layer_idx
+        found = state_of(project.weight, project.bias)
+        if index not in self._biases or self._biases[index][0] != found:
+            weight = project.weight.detach()
+            bias = weight.float() @ self.mean.to(weight.device)
+            bias = bias if project.bias is None else bias + project.bias.detach().float()
+            self._biases[index] = found, bias.to(weight.dtype)
+        return self._biases[index][1]
 
 
 def _rotate(back, layout, weight):
@@ -211,7 +221,7 @@ class LowRank:
     def follow(self, attention):
         """Make all of the layer's weights as they are now."""
         weights = attention.k_proj.weight, attention.v_proj.weight
-        found = [(weight.data_ptr(), 0 if weight.is_inference() else weight._version) for weight in weights]
+        found = state_of(*weights)
         if self._of == found:
             return self
         with torch.no_grad(), torch.inference_mode(False):

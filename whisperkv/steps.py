@@ -119,7 +119,7 @@ class Reading:
             packed = codes.packed(attention, attention.k_proj.packed.format)
             linears = attention.k_proj, attention.v_proj
             key, value = (each.of(linear.weight) for each, linear in zip(packed, linears))
-            weights.extend((key, NONE, value, codes.bias(attention.v_proj)))
+            weights.extend((key, NONE, value, codes.bias(attention)))
 
         def add_latents(low, format):
             down, key_up, up = low.matrices(format)
