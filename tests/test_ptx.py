@@ -109,7 +109,7 @@ BUDGETS = {
     "latent": (dict(bits=0, **LARGE), 4620, 1340),
     "latent_int8": (dict(bits=8, **LARGE), 5410, 960),
     "latent_int4": (dict(bits=4, **LARGE), 4820, 800),
-    "mixed bits": (dict(mixed=(6, 4, 4, 3, 3, 3, 2, 2) * 5, frames=16, rows=1, tokens=20), 7420, 1320),
+    "mixed bits": (dict(mixed=(6, 4, 4, 3, 3, 3, 2, 2) * 5, frames=16, group=256, rows=1, tokens=20), 7420, 1320),
 }
 
 

@@ -55,7 +55,7 @@ struct block {
   const float *bias;              /* of the audio's frames, or NULL */
   int dim, length, queries, units; /* units: of this warp */
   int lane, warp;
-  int start[UNITS], bits[UNITS]; /* of mixed bits: the first piece of each unit in a tile, and its bits */
+  int found[UNITS]; /* of mixed bits: 16 times the first piece of each unit in a tile, and its bits */
 };
 
 /* What a lane holds: of the queries, channels along the depth of the tensor cores; of the output, channels in rows. */
@@ -124,7 +124,7 @@ INLINE void unpack_units(const struct block &b, const piece *const tile, piece *
 #pragma unroll
   for (int u = 0; u < UNITS; u++) {
     if (u >= b.units) break;
-    to[place_of_codes(unit_of(b, u) * UNIT + b.lane)] = unpack_piece(b.bits[u], tile + b.start[u], b.lane);
+    to[place_of_codes(unit_of(b, u) * UNIT + b.lane)] = unpack_piece(b.found[u] % 16, tile + b.found[u] / 16, b.lane);
   }
   __syncwarp();
 }
@@ -478,7 +478,7 @@ INLINE void find_units(struct block &b, const struct wkv_cross_attention &a) {
   for (int u = 0; u < UNITS; u++)
     for (int warp = 0; warp < WARPS && (u * WARPS + warp) * UNIT < b.dim; warp++) {
       const int bits = bits_of_block(a, b.dim, (u * WARPS + warp) * UNIT, start);
-      if (warp == b.warp) b.start[u] = (int)(start / sizeof(piece)), b.bits[u] = bits;
+      if (warp == b.warp) b.found[u] = (int)(start / sizeof(piece)) * 16 + bits;
       start += wkv_bytes_of_block(bits);
     }
 }
