@@ -60,7 +60,8 @@ def is_whisper(model) -> bool:
     from ..transcription.loading import OTHER_NAMES, SIZES
 
     path = Path(model)
-    if str(model) in (*SIZES, *OTHER_NAMES) or path.name == "model.bin" or (path / "model.bin").is_file():
+    is_size = str(model) in (*SIZES, *OTHER_NAMES) and not path.is_dir()
+    if is_size or path.name == "model.bin" or (path / "model.bin").is_file():
         return True
     return AutoConfig.from_pretrained(model).model_type == NAME
 
