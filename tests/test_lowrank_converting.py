@@ -7,6 +7,7 @@ import torch
 from safetensors.torch import load as tensors_of
 
 from whisperkv import CrossConfig, EvictionConfig, lowrank, patch, stats, unpatch
+from whisperkv.calibration import Calibration
 from whisperkv.lowrank import calibrate, convert_to_mla, load_mla_model, measure_cache_memory, restore, save_mla_model
 
 RATE, MADE = 16_000, []
@@ -62,7 +63,9 @@ def test_memory(small, file, settings, rank):
     for tokens, audios in ((1, 1), (17, 3), (None, 2)):
         memory = measure_cache_memory(model, tokens, audios)
         assert memory.measured == memory.latent and memory.full == audios * 2 * 2 * 64 * 4 * ((tokens or 64) + 50)
-    assert measure_cache_memory(model, 64).latent == 2 * 64 * (rank or 128) * 4 + 4 * 64 * 2 * model.lowrank.bits
+    channels = Calibration(file, model.get_decoder(), "").codes(model.lowrank.bits).channels
+    heard = 4 * 64 * 2 * model.lowrank.bits + 2 * channels * 4
+    assert measure_cache_memory(model, 64).latent == 2 * 64 * (rank or 128) * 4 + heard
     with pytest.raises(ValueError, match="sequence_length must be at most 64, .* got 65"):
         measure_cache_memory(model, 65)
     patch(model)

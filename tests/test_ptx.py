@@ -61,6 +61,7 @@ MIXED = {
     "one of each": dict(mixed=(8, 7, 6, 5, 4, 3, 2, 1), rows=2, tokens=4, frames=36, weights=True),
     "more than a warp's": dict(mixed=(5, 4, 4, 3, 3, 3, 2, 2, 1, 1), rows=3, frames=40, audios=2, lengths=[40, 17]),
     "one block, split": dict(mixed=(3,), rows=2, frames=70, splits=2, biased=True),
+    "groups of mixed bits": dict(mixed=(6, 2), rows=2, frames=70, group=32),
 }
 
 

@@ -119,7 +119,8 @@ def bits_of_blocks(errors, budget):
 class Codes:
     """How the encoder's output becomes codes of so many bits on average, and what layers make of it.
 
-    scales  float32 [3, channels], see mixed.py. Channels that are worth no bit are not there
+    bits   float32 [channels], see mixed.py. Channels that are worth no bit are not there
+    shape  float32 [2, channels]: steps and leasts of channels whose deviation is 1
     """
 
     def __init__(self, tensors, bits):
@@ -131,7 +132,9 @@ class Codes:
         channels = (order[:, None] * ops.CHANNELS + torch.arange(ops.CHANNELS)).flatten()
         its = of_blocks[order].repeat_interleave(ops.CHANNELS)
         channels, its = channels[its > 0], its[its > 0]
-        self.scales = torch.stack([tensors["cross.steps"][its, channels], tensors["cross.leasts"][its, channels], its])
+        self.bits = its.float()
+        deviations = tensors["cross.errors"][0, channels].sqrt().clamp(min=1e-9)
+        self.shape = torch.stack([tensors[f"cross.{name}"][its, channels] for name in ("steps", "leasts")]) / deviations
         self.mean = tensors["cross.mean"]
         self._there = tensors["cross.there"][:, channels].contiguous()  # [width, channels]
         self._back = tensors["cross.back"][channels].contiguous()  # [channels, width]
@@ -139,19 +142,16 @@ class Codes:
 
     @property
     def channels(self):
-        return self.scales.shape[1]
+        return len(self.bits)
 
     @property
     def tile_bytes(self):
-        return tile_bytes(self.scales)
+        return tile_bytes(self.bits)
 
     @property
     def nbytes(self):
-        own = self.scales, self.mean, self._there, self._back, *(bias for _, bias in self._biases.values())
+        own = self.bits, self.shape, self.mean, self._there, self._back, *(bias for _, bias in self._biases.values())
         return sum(each.nbytes for each in own) + sum(each.nbytes for both in self._packed.values() for each in both)
-
-    def on(self, device):
-        return self.scales.to(device)
 
     def rotated(self, states):
         """float32 [audios, frames, channels]"""

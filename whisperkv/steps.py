@@ -171,7 +171,7 @@ class Reading:
             self.lengths, self.bias = audios.lengths, audios.bias
             for each in audio_layers:
                 keys, values = each.keys_of_audios, each.values_of_audios
-                self.heard += keys.data, values.data, keys.scales, values.scales
+                self.heard += keys.data, values.data, keys.scales, values.value_scales
             if self.heard[0].dtype not in (torch.float32, torch.uint8):
                 return
         self.weights = [weight.detach() for weight in weights]

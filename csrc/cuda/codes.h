@@ -26,11 +26,10 @@ INLINE uint32_t high_codes(const uint32_t word) { return masked_or(word, 0x00f00
 
 /* ---- codes of mixed bits, which become such of 8 in shared memory ---- */
 
-/* Bits of the block of channels that begins at one, and at a byte of a tile. Scales cannot be checked without waiting
+/* Bits of the block of channels that begins at one, and at a byte of a tile. They cannot be checked without waiting
  * for them: a block that is not sound has 0 bits, and its codes are 0. */
-INLINE int bits_of_block(const struct wkv_cross_attention &a, const int64_t channels, const int channel,
-                         const int64_t start) {
-  const float bits = a.key_scales[2 * channels + channel];
+INLINE int bits_of_block(const struct wkv_cross_attention &a, const int channel, const int64_t start) {
+  const float bits = a.value_scales[channel];
   return bits >= 1 && bits <= 8 && start + wkv_bytes_of_block((int)bits) <= a.tile_bytes ? (int)bits : 0;
 }
 

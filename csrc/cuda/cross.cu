@@ -142,14 +142,15 @@ __device__ void stage_mixed(const struct block &b, const struct wkv_cross_attent
   const int channel = b.lane / 4 * 4, frame = b.lane % 4 * 4; /* of the block and of the tile */
   const bool exists = first + frame < b.length;
   const int64_t tile = b.matrix * count_of(a.frames, WKV_TILE) + first / WKV_TILE;
-  const uint8_t *from = (const uint8_t *)a.keys + tile * a.tile_bytes;
+  const uint8_t *const from = (const uint8_t *)a.keys + tile * a.tile_bytes;
+  const int64_t group = b.matrix * count_of(a.frames, a.group) + (first + frame) / a.group;
   static_assert((int)P::FRAMES == WKV_TILE, "a tile is staged at a time");
   int64_t start = 0;
   for (int block = 0, c0 = channel; block < packed / WKV_CHANNELS; block++, c0 += WKV_CHANNELS) {
-    const int bits = bits_of_block(a, packed, block * WKV_CHANNELS, start);
+    const int bits = bits_of_block(a, block * WKV_CHANNELS, start);
     if (block % b.warps == b.warp && c0 < b.channels) {
       const piece some = exists ? unpack_piece(bits, (const piece *)(from + start), b.lane) : piece{};
-      const float *const step = a.key_scales + c0, *const least = step + packed;
+      const float *const step = a.key_scales + group * 2 * packed + c0, *const least = step + packed;
       for (int f = 0; f < 4; f++)
         for (int c = 0; c < 4; c++) {
           const float code = (float)(some.word[f] >> 8 * c & 255);

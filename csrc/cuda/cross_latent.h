@@ -424,11 +424,9 @@ INLINE void attend_some(const struct block &b, const struct wkv_cross_attention 
   piece *const unpacked = (piece *)(memory + 1);
   piece *const tiles = unpacked + (P::IS_MIXED ? b.dim * P::BYTES / (int)sizeof(piece) : 0);
   const int pieces = P::IS_MIXED ? (int)(a.tile_bytes / sizeof(piece)) : b.dim * P::BYTES / (int)sizeof(piece);
-  const bool is_grouped = P::IS_PACKED && !P::IS_MIXED;
-  const int64_t groups = is_grouped ? count_of(a.frames, a.group) : 1;
-  const int frames_of_group = is_grouped ? (int)smaller(a.group, INT32_MAX - FRAMES) : INT32_MAX - FRAMES;
-  const float *scales = a.key_scales;
-  if (is_grouped) scales += (b.matrix * groups + begin / frames_of_group) * 2 * b.dim;
+  const int64_t groups = P::IS_PACKED ? count_of(a.frames, a.group) : 1;
+  const int frames_of_group = P::IS_PACKED ? (int)smaller(a.group, INT32_MAX - FRAMES) : INT32_MAX - FRAMES;
+  const float *scales = a.key_scales + (b.matrix * groups + begin / frames_of_group) * 2 * b.dim;
   for (int i = threadIdx.x; i < QUERIES * FRAMES; i += THREADS) convert(0, &memory->weights[0][0] + i);
   for (int i = threadIdx.x; i < QUERIES; i += THREADS) memory->shrink[i] = 1, memory->of_group[i] = 0;
   if (begin < end) copy_tile<P>(b, a, begin, tiles);
@@ -477,7 +475,7 @@ INLINE void find_units(struct block &b, const struct wkv_cross_attention &a) {
 #pragma unroll
   for (int u = 0; u < UNITS; u++)
     for (int warp = 0; warp < WARPS && (u * WARPS + warp) * UNIT < b.dim; warp++) {
-      const int bits = bits_of_block(a, b.dim, (u * WARPS + warp) * UNIT, start);
+      const int bits = bits_of_block(a, (u * WARPS + warp) * UNIT, start);
       if (warp == b.warp) b.found[u] = (int)(start / sizeof(piece)) * 16 + bits;
       start += wkv_bytes_of_block(bits);
     }

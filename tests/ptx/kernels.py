@@ -72,14 +72,14 @@ def layout(codes, bits):
     return np.ascontiguousarray((quads[..., 0, :] | quads[..., 1, :] << 4).swapaxes(3, 4))
 
 
-def make_mixed(draw, audios, heads, frames, bits):
-    """The same of mixed bits, of each block of 32 channels so many: steps, leasts and bits are those of all audios."""
-    tiles, its = up(frames, 16) // 16, np.repeat(bits, 32)
+def make_mixed(draw, audios, heads, frames, bits, group):
+    """The same of mixed bits, of each block of 32 channels so many."""
+    tiles, groups, its = up(frames, 16) // 16, up(frames, group) // group, np.repeat(bits, 32)
     codes = (draw.random((audios, heads, tiles * 16, len(its))) * 2**its).astype(np.uint8)
-    step, least = draw.random((2, len(its)), np.float32) + 0.5
-    step, least = step * 4 / 2**its, least * -2
-    scales = np.stack([step, least, its]).astype(np.float32)
-    return layout_mixed(codes, bits), scales, (codes * scales[0] + scales[1])[:, :, :frames]
+    scales = draw.random((audios, heads, groups, 2, len(its)), np.float32) + 0.5
+    scales *= np.stack([4 / 2**its, np.full(len(its), -2)]).astype(np.float32)
+    step, least = (np.repeat(scales[..., i, :], group, 2)[:, :, :frames] for i in range(2))
+    return layout_mixed(codes, bits), scales, codes[:, :, :frames] * step + least
 
 
 def layout_mixed(codes, bits):
@@ -123,7 +123,7 @@ class Cross:
 
         def cache():
             if mixed:
-                codes, scales, numbers = make_mixed(draw, audios, heads, frames, mixed)
+                codes, scales, numbers = make_mixed(draw, audios, heads, frames, mixed, group)
                 return put(codes), put(scales), numbers
             if bits:
                 codes, scales, numbers = make_codes(draw, audios, heads, frames, dim, bits, group)
@@ -135,6 +135,8 @@ class Cross:
 
         keys, key_scales, self.keys = cache()
         values, value_scales, self.values = (keys, key_scales, self.keys) if latent else cache()
+        if mixed:
+            value_scales = put(np.repeat(mixed, 32).astype(np.float32))
         lines = splits * rows * tokens * heads
         self.bias = np.log(draw.integers(1, 17, (audios, frames))).astype(np.float32) * biased
         nothing = functools.partial(np.full, fill_value=np.nan, dtype=np.float32)

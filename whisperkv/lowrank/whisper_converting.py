@@ -13,6 +13,7 @@ from ..adoption import CacheAdoption
 from ..calibration import RANKS, rank_of
 from ..compat import CACHE
 from ..config import CALIBRATED, CrossConfig, EvictionConfig
+from ..ops import TILE
 from ..patching import patch, unpatch
 from ..slots import slots_for
 
@@ -153,12 +154,14 @@ def _recordings(audio, most):
     return [audio] if _is_one(audio) else list(islice(audio, most))
 
 
-def _check_patched(model):
-    hooks = model.get_decoder()._forward_pre_hooks.values()
-    if not any(isinstance(hook, CacheAdoption) and hook.codes is not None for hook in hooks):
-        raise ValueError(
-            "the model was patched otherwise, or unpatched, since it was converted: restore(model), and convert it anew"
-        )
+def _codes_of(model):
+    """How the audio's latents become codes."""
+    for hook in model.get_decoder()._forward_pre_hooks.values():
+        if isinstance(hook, CacheAdoption) and hook.codes is not None:
+            return hook.codes
+    raise ValueError(
+        "the model was patched otherwise, or unpatched, since it was converted: restore(model), and convert it anew"
+    )
 
 
 def restore(model):
@@ -188,7 +191,7 @@ def processor_at(path):
 def memory(model, tokens, audios):
     """(full, latent) bytes of both caches, after so many tokens of each of so many audios."""
     of, config = model.lowrank, model.config
-    _check_patched(model)
+    codes = _codes_of(model)
     most = config.max_target_positions
     if tokens > most:
         raise ValueError(f"sequence_length must be at most {most}, the tokens that this Whisper decodes; got {tokens}")
@@ -196,7 +199,8 @@ def memory(model, tokens, audios):
     numbers = 2 * config.d_model
     full = audios * layers * numbers * size * (tokens + frames)
     own = audios * layers * (of.rank or numbers) * size * slots_for(tokens, most)
-    return full, own + audios * -(-frames // 16) * of.bits * config.d_model * 16 // 8
+    tiles, groups = -(-frames // TILE), -(-frames // CrossConfig.group)
+    return full, own + audios * (tiles * codes.tile_bytes + groups * 2 * 4 * codes.channels)
 
 
 @torch.no_grad()
@@ -210,7 +214,8 @@ def measured(model, tokens, audios):
     encoded = BaseModelOutput(last_hidden_state=states)
     cache = model(encoder_outputs=encoded, decoder_input_ids=ids, use_cache=True)[CACHE]
     own = [slots for layer in cache.self_attention_cache.layers for slots in (layer.key_slots, layer.value_slots)]
-    heard = [layer.keys_of_audios.data for layer in cache.cross_attention_cache.layers]
+    audios_of = [layer.keys_of_audios for layer in cache.cross_attention_cache.layers]
+    heard = [tensor for each in audios_of for tensor in (each.data, each.scales)]
     return sum({tensor.data_ptr(): tensor.nbytes for tensor in own + heard if tensor.numel()}.values())
 
 
