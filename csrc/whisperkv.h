@@ -112,8 +112,8 @@ struct wkv_cross_attention {
   int64_t group;                /* of a packed cache */
   const void *query;            /* [rows, tokens, heads, head_dim] */
   const void *keys, *values;    /* [audios, heads, frames, head_dim], or codes */
-  const float *key_scales, *value_scales; /* of a packed cache; of mixed bits [3, channels] for all audios, heads and
-                                             frames: step, least, bits; keys and values are the same memory then */
+  const float *key_scales, *value_scales; /* of a packed cache; of mixed bits keys and values are the same memory, and
+                                             the latter are [channels]: the bits of each */
   int64_t tile_bytes;           /* of mixed bits: from one tile of a head to the next */
   const int32_t *owner;         /* [rows]: the audio of each row */
   const int32_t *lengths;       /* [audios]: frames in use, 1 or more */
@@ -397,8 +397,8 @@ size_t wkv_cross_scratch(const struct wkv_cross_attention *);
 const char *wkv_check_owners(const int32_t *owner, int64_t rows, const int32_t *lengths, int64_t audios, int64_t frames,
                              char *error, size_t error_size);
 
-/* The same of the scales of mixed bits: each block has one number of bits, and they fill the bytes of a tile. */
-const char *wkv_check_mixed(const float *scales, int64_t channels, int64_t tile_bytes, char *error, size_t error_size);
+/* The same of the bits of channels: each block has one number of them, and they fill the bytes of a tile. */
+const char *wkv_check_mixed(const float *bits, int64_t channels, int64_t tile_bytes, char *error, size_t error_size);
 
 /* One instruction set's kernels: name and arguments. Work items are independent and each is done by one thread in a
  * fixed order, so the bits do not depend on how the items are shared out. Items [begin, end) are

@@ -141,11 +141,11 @@ def unpack_frames(codes, scales, frames, group, dim):
     return (unpack_codes(codes, frames) * step + low)[..., :dim]
 
 
-def unpack_mixed(codes, scales, frames):
+def unpack_mixed(codes, bits_of, frames):
     """uint8 [audios, heads, frames, channels], of codes of mixed bits: [audios, heads, tiles, bytes]. The bits of a
     block of 32 channels are planes of 8, 4, 2 and 1 bits, the lowest bits first."""
     blocks, start = [], 0
-    for bits in scales[2, ::CHANNELS].int().tolist():
+    for bits in bits_of[::CHANNELS].int().tolist():
         block = torch.zeros(*codes.shape[:3], 8, TILE, 4, dtype=torch.uint8)  # quads of channels
         below = 0
         for plane in (8, 4, 2, 1):
@@ -159,16 +159,20 @@ def unpack_mixed(codes, scales, frames):
     return torch.cat(blocks, -1)[:, :, :frames]
 
 
-def read_codes(codes, scales, frames, group):
+def read_codes(codes, scales, frames, group, bits=None):
     """Codes less their middle, and for each frame steps, and leasts of the middle: float64
-    [audios, heads, frames, channels]."""
-    if codes.dim() == 4:
-        middle = 2.0 ** (scales[2].double() - 1)
-        step, low = (each.expand(len(codes), 1, frames, -1).double() for each in scales[:2])
-        return unpack_mixed(codes, scales, frames).double() - middle, step, low + middle * step
-    middle = 2.0 ** (codes.shape[3] // 2 - 1)
+    [audios, heads, frames, channels]. `bits` of each channel, where they are mixed."""
     step, low = of_frames(scales.double(), frames, group)
-    return unpack_codes(codes, frames).double() - middle, step, low + middle * step
+    middle = 2.0 ** (codes.shape[3] // 2 - 1) if bits is None else 2.0 ** (bits.double() - 1)
+    unpacked = unpack_codes(codes, frames) if bits is None else unpack_mixed(codes, bits, frames)
+    return unpacked.double() - middle, step, low + middle * step
+
+
+def read_both(keys, values, key_scales, value_scales, frames, group):
+    """The same of keys and of values, which are one where bits are mixed."""
+    if keys.dim() == 4:
+        return [read_codes(keys, key_scales, frames, group, value_scales)] * 2
+    return [read_codes(*each, frames, group) for each in ((keys, key_scales), (values, value_scales))]
 
 
 def cross_attention(
@@ -179,7 +183,7 @@ def cross_attention(
     cross_attention_in_bytes. bias: [audios, frames], added to the logits, or empty. Counters are for CUDA alone."""
     rows, tokens, heads, dim = query.shape
     if keys.dtype == torch.uint8:
-        both = [read_codes(*each, frames, group) for each in ((keys, key_scales), (values, value_scales))]
+        both = read_both(keys, values, key_scales, value_scales, frames, group)
         keys, values = ((code * step + low)[..., :dim].float() for code, step, low in both)
     frames = keys.shape[2]
     output, weights = torch.zeros_like(query), torch.zeros(rows, heads, tokens, frames)
@@ -205,8 +209,8 @@ def cross_attention_in_bytes(
     """The same of a packed cache with the roundings of the kernels, in float64: in each block of frames the query,
     times the steps of the keys, becomes bytes, and so do the weights. Codes count from the middle, which is added
     exactly."""
-    dim, block = query.shape[-1], 128 if keys.dim() == 4 else min(group, 256)
-    both = [read_codes(*each, frames, group) for each in ((keys, key_scales), (values, value_scales))]
+    dim, block = query.shape[-1], min(group, 128 if keys.dim() == 4 else 256)
+    both = read_both(keys, values, key_scales, value_scales, frames, group)
     output, weights = torch.zeros(query.shape, dtype=torch.float64), torch.zeros(*query.shape[:3], frames)
     for row, audio in enumerate(owner.tolist()):
         x, length, parts, mixes = query[row].double() * scale, int(lengths[audio]), [], []

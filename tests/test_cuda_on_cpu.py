@@ -58,6 +58,15 @@ def test_tokens(on_cpu):
     assert "2 passed" in ran.stdout or "2 skipped" in ran.stdout
 
 
+def test_low_rank_caches(on_cpu):
+    """Both caches of a small model, from the calibration to the tokens."""
+    few = "full_rank or more_bits or few_bits or with_eviction or other_dtypes"
+    command = ["-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", few, str(TESTS / "test_lowrank_whisper.py")]
+    ran = run(command, on_cpu)
+    assert ran.returncode == 0, ran.stdout[-4000:] + ran.stderr[-1000:]
+    assert "10 passed" in ran.stdout
+
+
 def test_it_is_the_kernels_for_cuda(on_cpu):
     assert run(["-c", "from whisperkv import ops; print(ops.ISA)"], on_cpu).stdout.split() == ["cuda_on_cpu"]
 

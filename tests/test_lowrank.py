@@ -351,7 +351,7 @@ class TestRefusals:
         after = models["gpt2"].state_dict()
         assert list(before) == list(after) and all(torch.equal(before[name], after[name]) for name in before)
 
-    def test_models(self, models, rows, small):
+    def test_models(self, models, rows):
         from transformers import BertConfig, BertModel, DeepseekV3Config, OPTConfig, OPTForCausalLM
 
         class Deep(torch.nn.Module):
@@ -363,7 +363,6 @@ class TestRefusals:
         for model, kind, error in (
             (Deep(), ValueError, "holds latents already"),
             (BertModel(BertConfig(**sizes)), ValueError, "encoder-only"),
-            (small, ValueError, r"patch\(model, cross=CrossConfig\(..., calibration=\)\)"),
             (opt, TypeError, "no architecture for 'opt'; there are gpt2, llama"),
             (torch.nn.Linear(2, 2), TypeError, "a model of transformers is needed; got Linear"),
         ):

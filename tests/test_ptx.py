@@ -57,6 +57,20 @@ def test_latent(bits, dim):
     kernels.Cross(bits, rows=1, tokens=dim // 64, dim=dim, frames=36, latent=True, biased=dim == 384).check()
 
 
+MIXED = {
+    "one of each": dict(mixed=(8, 7, 6, 5, 4, 3, 2, 1), rows=2, tokens=4, frames=36, weights=True),
+    "more than a warp's": dict(mixed=(5, 4, 4, 3, 3, 3, 2, 2, 1, 1), rows=3, frames=40, audios=2, lengths=[40, 17]),
+    "one block, split": dict(mixed=(3,), rows=2, frames=70, splits=2, biased=True),
+    "groups of mixed bits": dict(mixed=(6, 2), rows=2, frames=70, group=32),
+}
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+@pytest.mark.parametrize("problem", MIXED.values(), ids=MIXED)
+def test_mixed_bits(problem, dtype):
+    kernels.Cross(dtype=dtype, **problem).check()
+
+
 @all_of_it
 @DTYPES
 @BITS
@@ -96,6 +110,7 @@ BUDGETS = {
     "latent": (dict(bits=0, **LARGE), 4620, 1340),
     "latent_int8": (dict(bits=8, **LARGE), 5410, 960),
     "latent_int4": (dict(bits=4, **LARGE), 4820, 800),
+    "mixed bits": (dict(mixed=(6, 4, 4, 3, 3, 3, 2, 2) * 5, frames=16, group=256, rows=1, tokens=20), 7420, 1320),
 }
 
 

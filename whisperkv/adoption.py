@@ -105,7 +105,8 @@ class CacheAdoption:
         )
         self.decodes += 1
         own = cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
-        is_captured = self.graphs is not None and not self.low_rank and self.graphs.begin(decoder)
+        is_plain = self.low_rank is None and self.codes is None  # what graphs have homes for
+        is_captured = self.graphs is not None and is_plain and self.graphs.begin(decoder)
         shared = Shared(record, is_captured)
         own.layers = [
             SelfCacheLayer(self.eviction, config.max_target_positions, padding, shared, index, its)
@@ -125,7 +126,7 @@ class CacheAdoption:
                 self.note = "not trimmed or merged: this encoder output was not made by the patched model's own encoder"
         audios, views = Audios.gather(states, owners, keep, record.layers, record, self.codes), Onlookers()
         record.audios, record.frames_kept = len(audios), int(audios.lengths.sum())
-        home = self.graphs.home_of(audios, self.cross) if is_captured and self.codes is None else None
+        home = self.graphs.home_of(audios, self.cross) if is_captured else None
         if home is not None:
             audios.move_to(home)
         owners = owners.repeat_interleave(beams)

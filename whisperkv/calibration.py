@@ -50,6 +50,12 @@ def rank_of(keep, width):
     return max(round(keep * 2 * width / RANKS), 1) * RANKS
 
 
+def state_of(*weights):
+    """What changes when they do."""
+    some = [each for each in weights if each is not None]
+    return [(each.data_ptr(), 0 if each.is_inference() else each._version) for each in some]
+
+
 class Calibration:
     """The tensors of a file, known to be of this decoder. `field` is the setting that named it, for the errors."""
 
@@ -113,7 +119,8 @@ def bits_of_blocks(errors, budget):
 class Codes:
     """How the encoder's output becomes codes of so many bits on average, and what layers make of it.
 
-    scales  float32 [3, channels], see mixed.py. Channels that are worth no bit are not there
+    bits   float32 [channels], see mixed.py. Channels that are worth no bit are not there
+    shape  float32 [2, channels]: steps and leasts of channels whose deviation is 1
     """
 
     def __init__(self, tensors, bits):
@@ -125,27 +132,26 @@ class Codes:
         channels = (order[:, None] * ops.CHANNELS + torch.arange(ops.CHANNELS)).flatten()
         its = of_blocks[order].repeat_interleave(ops.CHANNELS)
         channels, its = channels[its > 0], its[its > 0]
-        self.scales = torch.stack([tensors["cross.steps"][its, channels], tensors["cross.leasts"][its, channels], its])
+        self.bits = its.float()
+        deviations = tensors["cross.errors"][0, channels].sqrt().clamp(min=1e-9)
+        self.shape = torch.stack([tensors[f"cross.{name}"][its, channels] for name in ("steps", "leasts")]) / deviations
         self.mean = tensors["cross.mean"]
         self._there = tensors["cross.there"][:, channels].contiguous()  # [width, channels]
         self._back = tensors["cross.back"][channels].contiguous()  # [channels, width]
-        self._packed = {}
+        self._packed, self._biases = {}, {}
 
     @property
     def channels(self):
-        return self.scales.shape[1]
+        return len(self.bits)
 
     @property
     def tile_bytes(self):
-        return tile_bytes(self.scales)
+        return tile_bytes(self.bits)
 
     @property
     def nbytes(self):
-        own = self.scales, self.mean, self._there, self._back
+        own = self.bits, self.shape, self.mean, self._there, self._back, *(bias for _, bias in self._biases.values())
         return sum(each.nbytes for each in own) + sum(each.nbytes for both in self._packed.values() for each in both)
-
-    def on(self, device):
-        return self.scales.to(device)
 
     def rotated(self, states):
         """float32 [audios, frames, channels]"""
@@ -170,14 +176,18 @@ class Codes:
         linears = attention.k_proj, attention.v_proj
         key, value = (packed.of(linear.weight) for packed, linear in zip(self.packed(attention), linears))
         key = key.unflatten(0, (attention.num_heads, -1)).transpose(1, 2)
-        return key, value, self.bias(attention.v_proj)
+        return key, value, self.bias(attention)
 
-    def bias(self, project):
-        """What the mean, which is in no frame, adds to all of them."""
-        weight = project.weight.detach()
-        bias = weight.float() @ self.mean.to(weight.device)
-        bias = bias if project.bias is None else bias + project.bias.detach().float()
-        return bias.to(weight.dtype)
+    def bias(self, attention):
+        """That of the values with what the mean, which is in no frame, adds to all of them."""
+        project, index = attention.v_proj, attention.layer_idx
+        found = state_of(project.weight, project.bias)
+        if index not in self._biases or self._biases[index][0] != found:
+            weight = project.weight.detach()
+            bias = weight.float() @ self.mean.to(weight.device)
+            bias = bias if project.bias is None else bias + project.bias.detach().float()
+            self._biases[index] = found, bias.to(weight.dtype)
+        return self._biases[index][1]
 
 
 def _rotate(back, layout, weight):
@@ -211,7 +221,7 @@ class LowRank:
     def follow(self, attention):
         """Make all of the layer's weights as they are now."""
         weights = attention.k_proj.weight, attention.v_proj.weight
-        found = [(weight.data_ptr(), 0 if weight.is_inference() else weight._version) for weight in weights]
+        found = state_of(*weights)
         if self._of == found:
             return self
         with torch.no_grad(), torch.inference_mode(False):

@@ -137,8 +137,7 @@ class CrossConfig(_Config):
                  encoder, the most alike first: 0 is none; 0.5 leaves three quarters of the frames, 1 half of them.
     share_beams  rows with the same encoder output (beams, returned sequences) share one cache. Lossless.
     group        frames that share a scale, in the formats of codes: 16, 32, 64, 128 or a multiple of 256. Smaller
-                 groups are more exact and larger in memory. With a calibration all frames share one, and this is not
-                 asked for.
+                 groups are more exact and larger in memory.
     calibration  the file that whisperkv.lowrank.calibrate() wrote for this model.
     """
 

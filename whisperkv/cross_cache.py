@@ -20,7 +20,7 @@ from . import ops
 from .calibration import Codes
 from .config import CrossConfig
 from .graph_memory import apart
-from .mixed import pack_mixed, unpack_mixed
+from .mixed import pack_mixed, scales_of, unpack_mixed
 from .trim import Kept
 from .views import Onlookers, View
 
@@ -78,6 +78,10 @@ class Matrix:
         return {**vars(self), "data": apart(self.data), "scales": apart(self.scales)}
 
     @property
+    def value_scales(self):
+        return self.scales
+
+    @property
     def nbytes(self):
         return self.data.nbytes + self.scales.nbytes
 
@@ -97,25 +101,31 @@ class Matrix:
 
 @dataclass
 class MixedMatrix:
-    """The encoder's output of every audio in another basis, as codes of mixed bits; scales are those of all audios."""
+    """The encoder's output of every audio in another basis, as codes of mixed bits, see mixed.py."""
 
     data: torch.Tensor
     scales: torch.Tensor
+    bits: torch.Tensor
     codes: Codes
 
     @classmethod
-    def of(cls, states, lengths, codes):
+    def of(cls, states, lengths, codes, group):
         """From states [audios, frames, width]."""
-        scales = codes.on(states.device)
-        return cls(pack_mixed(codes.rotated(states), lengths, scales), scales, codes)
+        frames, bits = codes.rotated(states), codes.bits.to(states.device)
+        scales = scales_of(frames, lengths, *codes.shape.to(states.device), group)
+        return cls(pack_mixed(frames, lengths, bits, scales, group), scales, bits, codes)
+
+    @property
+    def value_scales(self):
+        return self.bits  # keys and values are one, and what is left to say is this
 
     @property
     def nbytes(self):
-        return self.data.nbytes  # the scales belong to the model
+        return self.data.nbytes + self.scales.nbytes
 
     def floats(self, frames, dim, group, dtype, audios):
         """[audios, 1, frames, dim], of those audios."""
-        frames = unpack_mixed(self.data[audios], self.scales, frames)
+        frames = unpack_mixed(self.data[audios], self.scales[audios], self.bits, group, frames)
         return self.codes.restored(frames)[:, None].to(dtype)
 
 
@@ -180,7 +190,7 @@ class Audios:
     def hold(self, states, config, layer, part):
         """The Matrix of states [audios, frames, heads, dim], as keys (part 0) or values (1) of a layer."""
         if self.codes is not None:
-            return MixedMatrix.of(states[:, :, 0], self.lengths, self.codes)
+            return MixedMatrix.of(states[:, :, 0], self.lengths, self.codes, config.group)
         if self.home is None:
             return Matrix.of(states, self.lengths, config.bits, config.group)
         matrix = self.home.of_layer[layer][part]
@@ -440,7 +450,7 @@ class CrossCacheLayer(CacheLayerMixin):
     def _run(self, query, scale, want_weights):
         keys, values, audios = self.keys_of_audios, self.values_of_audios, self.audios
         return ops.cross_attention(
-            query, keys.data, values.data, keys.scales, values.scales, self.owner, audios.lengths,
+            query, keys.data, values.data, keys.scales, values.value_scales, self.owner, audios.lengths,
             audios.bias, audios.counters, audios.room, self.config.group, scale, want_weights,
         )  # fmt: skip
 

@@ -80,9 +80,6 @@ def check_device(decoder):
 
 def check_calibrated(decoder, setting):
     """What a calibration is about must be as plain as it was then."""
-    device = device_of(decoder)
-    if device.type == "cuda":
-        raise ValueError(f"{setting} has kernels for the CPU alone, and the model is on {device}: model.to('cpu')")
     for name, attention in _attentions(decoder):
         for project in (attention.k_proj, attention.v_proj):
             if type(project) not in LINEARS or type(project.weight) not in (torch.Tensor, nn.Parameter):

@@ -294,7 +294,9 @@ def _is_ordinary(device):
 
 
 def _are_ours(decoder, layers, audio_layers, rows):
-    return are_filled(decoder, layers, audio_layers, rows) and all(layer.is_home for layer in audio_layers)
+    """Latents of tokens have no home."""
+    is_filled = layers[0].low_rank is None and are_filled(decoder, layers, audio_layers, rows)
+    return is_filled and all(layer.is_home for layer in audio_layers)
 
 
 def _are_home(layers, audio_layers):

@@ -1,7 +1,7 @@
 """Codes of mixed bits: frames in a basis where some channels say much and others little, each with bits to match.
 
-csrc/packed.h has the layout: blocks of 32 channels, of 1 to 8 bits a code, as planes of 8, 4, 2 and 1 bits. Steps and
-leasts are the same for all audios, and so nothing but codes belongs to an audio.
+csrc/packed.h has the layout: blocks of 32 channels, of 1 to 8 bits a code, as planes of 8, 4, 2 and 1 bits. Each group
+of frames has steps and leasts of its own, as in the other formats of codes. Bits are float32 [channels].
 """
 
 from itertools import groupby
@@ -11,24 +11,39 @@ import torch
 from .ops import CHANNELS, TILE
 
 _PLANES = (8, 4, 2, 1)
-STEP, LEAST, BITS = range(3)  # rows of the scales, float32 [3, channels]
 
 
-def tile_bytes(scales):
+def tile_bytes(bits):
     """Of 16 frames: what a tile takes."""
-    return int(scales[BITS].sum()) * TILE // 8
+    return int(bits.sum()) * TILE // 8
 
 
-def pack_mixed(frames, lengths, scales):
+def scales_of(frames, lengths, steps, leasts, group):
+    """float32 [audios, 1, groups, 2, channels], of frames as below: step and least of each channel, which are `steps`
+    and `leasts` [channels] times its deviation in the group, from its mean on. What is no number has no say."""
+    heard = torch.arange(frames.shape[1], device=frames.device) < lengths[:, None]
+    counts = heard[..., None] & frames.isfinite()
+    some, counts = (
+        torch.nn.functional.pad(x, (0, 0, 0, -frames.shape[1] % group)).unflatten(1, (-1, group))
+        for x in (frames.where(counts, 0), counts)
+    )
+    number = counts.sum(2).clamp(min=1)
+    mean = some.sum(2) / number
+    deviation = ((some - mean[:, :, None]).square() * counts).sum(2).div(number).sqrt()
+    return torch.stack([steps * deviation, mean + leasts * deviation], 2)[:, None]
+
+
+def pack_mixed(frames, lengths, bits, scales, group):
     """uint8 [audios, 1, tiles, bytes], of frames float32 [audios, frames, channels]; lengths int32 [audios]."""
     audios, count, channels = frames.shape
-    levels = 2 ** scales[BITS] - 1
-    codes = ((frames - scales[LEAST]) / scales[STEP]).nan_to_num(0).add(0.5).clamp(min=0).minimum(levels + 0.5)
+    step, least = _of_frames(scales, count, group)
+    codes = (frames - least) * (1 / step).where(step > 0, 0)
+    codes = codes.nan_to_num(0).add(0.5).clamp(min=0).minimum(2**bits - 0.5)
     heard = torch.arange(count, device=frames.device) < lengths[:, None]
     codes = torch.nn.functional.pad(codes.to(torch.uint8) * heard[..., None], (0, 0, 0, -count % TILE))
     quads = codes.view(audios, -1, TILE, channels // 4, 4).transpose(2, 3)  # 16 frames of 4 channels
     parts = []
-    for first, blocks, bits in _runs(scales):
+    for first, blocks, bits in _runs(bits):
         some = quads[:, :, first // 4 : first // 4 + 8 * blocks].unflatten(2, (blocks, 8))
         below, planes = 0, []
         for plane in _PLANES:
@@ -43,11 +58,10 @@ def pack_mixed(frames, lengths, scales):
     return torch.cat(parts, -1)[:, None]
 
 
-def unpack_mixed(data, scales, frames):
+def unpack_mixed(data, scales, bits, group, frames):
     """float32 [audios, frames, channels]"""
-    audios, _, tiles, _ = data.shape
     parts, start = [], 0
-    for _, blocks, bits in _runs(scales):
+    for _, blocks, bits in _runs(bits):
         some = data[:, 0, :, start : start + blocks * bits * TILE * 4].unflatten(2, (blocks, -1))
         start += blocks * bits * TILE * 4
         codes, below, place = 0, 0, 0
@@ -60,13 +74,19 @@ def unpack_mixed(data, scales, frames):
                 below, place = below + plane, place + plane * TILE * 4
         parts.append(codes.permute(0, 1, 4, 2, 3, 5).flatten(3))  # [audios, tiles, 16, 32 * blocks]
     codes = torch.cat(parts, -1).flatten(1, 2)[:, :frames]
-    return codes * scales[STEP] + scales[LEAST]
+    step, least = _of_frames(scales, frames, group)
+    return codes * step + least
 
 
-def _runs(scales):
+def _of_frames(scales, frames, group):
+    """Steps and leasts of each frame, [audios, frames, channels]."""
+    return scales[:, 0].repeat_interleave(group, 1)[:, :frames].unbind(2)
+
+
+def _runs(bits):
     """(first channel, blocks, bits) of blocks side by side that have the same number of bits."""
     first = 0
-    for bits, some in groupby(scales[BITS, ::CHANNELS].int().tolist()):
+    for bits, some in groupby(bits[::CHANNELS].int().tolist()):
         blocks = len(list(some))
         yield first, blocks, bits
         first += blocks * CHANNELS

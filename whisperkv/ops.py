@@ -144,11 +144,10 @@ _CROSS_PACKED = {
     "value_scales": (torch.float32, "audios heads groups two channels"),
 }
 _CROSS_MIXED = {
-    **_CROSS,
+    **_CROSS_PACKED,
     "keys": (torch.uint8, "audios heads tiles bytes"),
     "values": (torch.uint8, "audios heads tiles bytes"),
-    "key_scales": (torch.float32, "three channels"),
-    "value_scales": (torch.float32, "three channels"),
+    "value_scales": (torch.float32, "channels"),  # bits
 }
 _ENCODER = {
     "query": (torch.float32, "audios frames heads dim"),
@@ -183,8 +182,8 @@ _STEP_HEARD_PACKED = {
 _STEP_HEARD_MIXED = {
     "audio keys": (torch.uint8, "audios audio_heads tiles bytes"),
     "audio values": (torch.uint8, "audios audio_heads tiles bytes"),
-    "key scales": (torch.float32, "three channels"),
-    "value scales": (torch.float32, "three channels"),
+    "key scales": (torch.float32, "audios audio_heads groups two channels"),
+    "value scales": (torch.float32, "channels"),  # bits
 }
 _STEP_PARTS = 14
 _GATHERING = {
@@ -215,7 +214,7 @@ _CHOICE = {"scores": (torch.float32, "audios beams vocabulary"), "added": (torch
 
 def _sizes(op, layout, *tensors, frames=None, **others):
     """The sizes by name; what the C code refuses is refused here too. Others may be empty."""
-    sizes, cache_dtype, device = {"cursors": 4, "two": 2, "three": 3}, None, tensors[0].device
+    sizes, cache_dtype, device = {"cursors": 4, "two": 2}, None, tensors[0].device
     if frames is not None:
         sizes["frames"] = frames
     given = {**dict(zip(layout, tensors)), **{name: each for name, each in others.items() if 0 not in each.shape}}
@@ -287,7 +286,8 @@ def _(
         text = f"{cross_attention.name()}: query must have at most {MOST_CHANNELS} channels, got {sizes['dim']}"
         torch._check(sizes["dim"] <= MOST_CHANNELS, lambda text=text: text)
         for side, allowed in (
-            *(() if is_mixed else (("strip", (16, 8)), ("groups", (-(-frames // group),)))),
+            *(() if is_mixed else (("strip", (16, 8)),)),
+            ("groups", (-(-frames // group),)),
             ("channels", (-(-sizes["dim"] // CHANNELS) * CHANNELS,)),
             ("tiles", (-(-frames // TILE),)),
         ):
@@ -374,7 +374,7 @@ def _(
         check(least <= number <= most, f"{name} must be in {least}..{most}, got {number}")
     for name, number in dict(decay=decay, epsilon=epsilon, scale=scale).items():
         check(math.isfinite(number), f"{name} must be finite, got {number}")
-    sizes = {"cursors": 4, "two": 2, "three": 3, "heads": heads}
+    sizes = {"cursors": 4, "two": 2, "heads": heads}
     fit("x", x, torch.float32, "rows width")
     width = sizes["width"]
     for name, number, unit in (("hidden", hidden, PANEL), ("width", width, PANEL), ("width", width, heads)):

@@ -119,7 +119,7 @@ class Reading:
             packed = codes.packed(attention, attention.k_proj.packed.format)
             linears = attention.k_proj, attention.v_proj
             key, value = (each.of(linear.weight) for each, linear in zip(packed, linears))
-            weights.extend((key, NONE, value, codes.bias(attention.v_proj)))
+            weights.extend((key, NONE, value, codes.bias(attention)))
 
         def add_latents(low, format):
             down, key_up, up = low.matrices(format)
@@ -171,7 +171,7 @@ class Reading:
             self.lengths, self.bias = audios.lengths, audios.bias
             for each in audio_layers:
                 keys, values = each.keys_of_audios, each.values_of_audios
-                self.heard += keys.data, values.data, keys.scales, values.scales
+                self.heard += keys.data, values.data, keys.scales, values.value_scales
             if self.heard[0].dtype not in (torch.float32, torch.uint8):
                 return
         self.weights = [weight.detach() for weight in weights]

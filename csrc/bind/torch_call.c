@@ -12,7 +12,7 @@
 static const char *const dtype_names[] = {TORCH_DTYPES(TEXT) "another dtype"};
 static const char *const device_names[] = {TORCH_DEVICES(TEXT) "another device"};
 static const char *const size_names[SIZES] = {"rows",   "tokens", "heads", "slots",    "dim",    "cursors", "audios",
-                                              "frames", "tiles",  "strip", "channels", "groups", "2", "3", "tile bytes", "counters",
+                                              "frames", "tiles",  "strip", "channels", "groups", "2", "tile bytes", "counters",
                                               "inputs", "outputs", "panels", "words", "other rows", "head",
                                               "audio heads", "beams", "vocabulary", "kv_heads", "most", "queries",
                                               "rank"};

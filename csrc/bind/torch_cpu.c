@@ -143,10 +143,10 @@ void end_cross(struct wkv_cross_attention *const a) {
 bool copy_mixed(struct call *const call, struct wkv_cross_attention *const a) {
   if (a->bits != WKV_MIXED) return true;
   const int64_t channels = padded_channels(a->head_dim);
-  float *const copy = borrow(call, 3 * channels);
-  if (!copy) return fail(call, "no memory for the scales of %lld channels", (long long)channels);
-  memcpy(copy, a->key_scales, (size_t)(3 * channels) * sizeof *copy);
-  a->key_scales = a->value_scales = copy;
+  float *const copy = borrow(call, channels);
+  if (!copy) return fail(call, "no memory for the bits of %lld channels", (long long)channels);
+  memcpy(copy, a->value_scales, (size_t)channels * sizeof *copy);
+  a->value_scales = copy;
   return !wkv_check_mixed(copy, channels, a->tile_bytes, call->error, sizeof call->error);
 }
 

@@ -28,7 +28,7 @@ bool multiply_all(struct call *, const struct wkv_linear *, int count);
 int32_t *copy_checked(struct call *, const int32_t *owner, int64_t rows, const int32_t *lengths, int64_t audios,
                       int64_t frames);
 
-/* Of mixed bits, the scales are sound: copies of them, for as long as the call runs. */
+/* Of mixed bits, these are sound: a copy of them, for as long as the call runs. */
 bool copy_mixed(struct call *, struct wkv_cross_attention *);
 
 /* Takes the memory that a planned call needs, until it is let go; owner and lengths are sound. */

@@ -76,8 +76,8 @@ static const struct argument mixed_arguments[CROSS_TENSORS] = {
     [QUERY] = QUERY_ARGUMENT,
     [KEYS] = {"keys", TORCH_DTYPE_uint8, 4, {AUDIOS, HEADS, TILES, TILE_BYTES}},
     [VALUES] = {"values", TORCH_DTYPE_uint8, 4, {AUDIOS, HEADS, TILES, TILE_BYTES}},
-    [KEY_SCALES] = {"key_scales", TORCH_DTYPE_float32, 2, {TRIPLE, CHANNELS}},
-    [VALUE_SCALES] = {"value_scales", TORCH_DTYPE_float32, 2, {TRIPLE, CHANNELS}},
+    [KEY_SCALES] = {"key_scales", TORCH_DTYPE_float32, 5, {AUDIOS, HEADS, GROUPS, PAIR, CHANNELS}},
+    [VALUE_SCALES] = {"value_scales", TORCH_DTYPE_float32, 1, {CHANNELS}},
     [OWNER] = OWNER_ARGUMENT,
     [LENGTHS] = LENGTHS_ARGUMENT,
     [BIAS] = BIAS_ARGUMENT,
@@ -88,8 +88,7 @@ static const struct argument mixed_arguments[CROSS_TENSORS] = {
 static bool fits(struct call *const call, const bool is_mixed, const int64_t frames, const int64_t group) {
   int64_t *const size = call->sizes;
   const int64_t channels = padded_channels(size[DIM]);
-  if (is_mixed) size[GROUPS] = wkv_count_of(frames, group);
-  if (is_mixed && (call->data[KEYS] != call->data[VALUES] || call->data[KEY_SCALES] != call->data[VALUE_SCALES]))
+  if (is_mixed && call->data[KEYS] != call->data[VALUES])
     return fail(call, "keys and values of mixed bits must be the same tensor");
   if (!is_mixed && size[STRIP] != 16 && size[STRIP] != 8)
     return fail(call, "keys must have 16 bytes (8 bits) or 8 bytes (4 bits) a tile and channel, got %lld",

@@ -61,7 +61,8 @@ bool device_evict(struct call *const call, const struct wkv_eviction *const e) {
 bool device_pack(struct call *const call, const struct wkv_packing *const p) { return launch(call, pack, p); }
 
 bool device_attend_cross(struct call *const call, struct wkv_cross_attention *const a) {
-  if (a->bits == WKV_MIXED) return fail(call, "there are no CUDA kernels for keys of mixed bits");
+  if (a->bits == WKV_MIXED && a->tile_bytes % (WKV_TILE * 4) != 0) /* else the bits of channels are taken on trust */
+    return fail(call, "keys must have a multiple of %d bytes a tile, got %lld", WKV_TILE * 4, (long long)a->tile_bytes);
   if (a->rows == 0) return true;
   wkv_cuda_cross_plan(a);
   if (a->splits > 1 || a->weights) {

@@ -46,7 +46,6 @@ static void run(const struct torch_op *const op, StableIValue *const stack) {
   for (int i = 0; i < SIZES; i++) call.sizes[i] = UNKNOWN;
   call.sizes[CURSORS] = WKV_CURSORS;
   call.sizes[PAIR] = 2;
-  call.sizes[TRIPLE] = 3;
   const int count = count_tensors(op, stack, sizes);
   if (count > FEW) {
     memory = malloc((size_t)count * (sizeof *call.tensors + sizeof *call.data + sizeof *call.bytes));

@@ -42,8 +42,8 @@ static const struct argument packed[HEARD_OF_LAYER] = {
 static const struct argument mixed[HEARD_OF_LAYER] = {
     [AUDIO_KEYS] = {"audio keys", TORCH_DTYPE_uint8, 4, {AUDIOS, AUDIO_HEADS, TILES, TILE_BYTES}},
     [AUDIO_VALUES] = {"audio values", TORCH_DTYPE_uint8, 4, {AUDIOS, AUDIO_HEADS, TILES, TILE_BYTES}},
-    [KEY_SCALES] = {"key scales", TORCH_DTYPE_float32, 2, {TRIPLE, CHANNELS}},
-    [VALUE_SCALES] = {"value scales", TORCH_DTYPE_float32, 2, {TRIPLE, CHANNELS}},
+    [KEY_SCALES] = {"key scales", TORCH_DTYPE_float32, 5, {AUDIOS, AUDIO_HEADS, GROUPS, PAIR, CHANNELS}},
+    [VALUE_SCALES] = {"value scales", TORCH_DTYPE_float32, 1, {CHANNELS}},
 };
 
 /* Weight, bias, weight, bias, ... */
@@ -159,7 +159,7 @@ static bool are_one(struct call *const call, const struct step *const s) {
   for (int64_t i = 0; i < s->layers; i++) {
     const struct step_layer *const layer = &s->layer[i];
     if (layer->audio_keys != first->audio_keys || layer->audio_values != first->audio_keys ||
-        layer->key_scales != first->key_scales || layer->value_scales != first->key_scales)
+        layer->key_scales != first->key_scales || layer->value_scales != first->value_scales)
       return fail(call, "audio keys and values of mixed bits must be the same tensor in all layers");
   }
   return true;

@@ -62,10 +62,11 @@ INLINE void attend_item(const enum wkv_dtype dtype, const int bits, const bool i
                    .bias = a->bias ? a->bias + part.audio * a->frames : NULL};
   take_buffers(dtype, bits, &w, scratch);
   const bool is_mixed = a->bits == WKV_MIXED;
+  const int64_t first = bits ? wkv_place_of_steps(channels, matrix * wkv_count_of(a->frames, a->group)) : 0;
   if (is_mixed) {
-    begin_mixed(&w, (const uint8_t *)a->keys + matrix * (tiled / WKV_TILE) * a->tile_bytes);
+    const uint8_t *const codes = (const uint8_t *)a->keys + matrix * (tiled / WKV_TILE) * a->tile_bytes;
+    begin_mixed(&w, codes, a->key_scales + first);
   } else if (bits) {
-    const int64_t first = wkv_place_of_steps(channels, matrix * wkv_count_of(a->frames, a->group));
     w.key_scales = a->key_scales + first;
     w.value_scales = a->value_scales + first;
   }
@@ -80,8 +81,7 @@ INLINE void attend_item(const enum wkv_dtype dtype, const int bits, const bool i
     w.kept_logits[q] = a->weights ? a->weights + ((row * a->heads + head) * a->tokens + token) * a->frames : NULL;
   }
   /* A block of wide frames is smaller, so that it stays in the cache nearby. */
-  const int64_t block = is_mixed       ? MIXED_BLOCK
-                        : bits           ? least(a->group, WKV_BLOCK)
+  const int64_t block = bits             ? least(a->group, is_mixed ? MIXED_BLOCK : WKV_BLOCK)
                         : head_dim > 128 ? WKV_BLOCK / 4
                                          : WKV_BLOCK;
   const int64_t blocks = wkv_count_of(a->frames, block);

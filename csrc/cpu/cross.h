@@ -32,8 +32,9 @@ struct work {
   int32_t *weight_lanes;             /* [queries, WKV_BLOCK / 4, 4], each of these four times over */
   /* of mixed bits, which are unpacked a block of frames at a time; keys and values are then what was unpacked */
   const uint8_t *mixed;              /* of this head of this audio */
+  const float *mixed_scales;         /* [groups, 2, channels] */
   uint8_t *unpacked;                 /* codes of 8 bits */
-  float *unpacked_scales;            /* [2, channels] */
+  float *unpacked_scales;            /* [2, channels]: of the block */
 };
 
 /* Logits of a block become exponentials; the sums so far are to shrink whenever it holds a larger one. */

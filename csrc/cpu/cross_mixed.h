@@ -33,8 +33,15 @@ INLINE void unpack_quads(const int bits, const uint8_t *codes, uint8_t *const to
     for (int64_t f = 0; f < WKV_TILE; f += W) unpack_quads(bits, from + f * 4, to + f * 4); \
     break;
 
+/* Frames of one group. What is unpacked stands for least + step * (code + lift). */
 static void unpack_block(const struct work *const w, const int64_t first, const int64_t frames) {
-  const float *const bits_of = w->a->key_scales + 2 * w->channels;
+  const float *const bits_of = w->a->value_scales;
+  const float *const step = w->mixed_scales + wkv_place_of_steps(w->channels, first / w->a->group);
+  const float *const low = step + w->channels;
+  for (int64_t d = 0; d < w->channels; d++) {
+    w->unpacked_scales[d] = step[d];
+    w->unpacked_scales[w->channels + d] = low[d] - step[d] * (float)lift((int)bits_of[d]);
+  }
   for (int64_t f = 0; f < frames; f += WKV_TILE) {
     const uint8_t *from = w->mixed + (first + f) / WKV_TILE * w->a->tile_bytes;
     uint8_t *to = w->unpacked + wkv_place_of_codes(8, w->channels, f, 0);
@@ -49,14 +56,9 @@ static void unpack_block(const struct work *const w, const int64_t first, const 
   }
 }
 
-/* What is unpacked stands for least + step * (code + lift). */
-static void begin_mixed(struct work *const w, const uint8_t *const codes) {
-  const float *const step = w->a->key_scales, *const low = step + w->channels, *const bits = low + w->channels;
-  for (int64_t d = 0; d < w->channels; d++) {
-    w->unpacked_scales[d] = step[d];
-    w->unpacked_scales[w->channels + d] = low[d] - step[d] * (float)lift((int)bits[d]);
-  }
+static void begin_mixed(struct work *const w, const uint8_t *const codes, const float *const scales) {
   w->mixed = codes;
+  w->mixed_scales = scales;
   w->keys = w->values = w->unpacked;
   w->key_scales = w->value_scales = w->unpacked_scales;
 }

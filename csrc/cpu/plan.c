@@ -71,15 +71,14 @@ const char *wkv_check_owners(const int32_t *const owner, const int64_t rows, con
   return NULL;
 }
 
-const char *wkv_check_mixed(const float *const scales, const int64_t channels, const int64_t tile_bytes,
+const char *wkv_check_mixed(const float *const bits, const int64_t channels, const int64_t tile_bytes,
                             char *const error, const size_t error_size) {
-  const float *const bits = scales + 2 * channels;
   int64_t bytes = 0;
   for (int64_t c = 0; c < channels; c++) {
     const float first = bits[c / WKV_CHANNELS * WKV_CHANNELS];
     const bool is_whole = bits[c] >= 1 && bits[c] <= 8 && (float)(int)bits[c] == bits[c];
     if (!is_whole || bits[c] != first) {
-      snprintf(error, error_size, "key_scales: bits of channel %lld must be one of 1..8 and the same for %d channels, "
+      snprintf(error, error_size, "value_scales: bits of channel %lld must be one of 1..8 and the same for %d channels, "
                "got %g", (long long)c, WKV_CHANNELS, bits[c]);
       return error;
     }

@@ -23,6 +23,7 @@ template <class T_, int BITS_, int FRAMES_, int TILES_, int WARPS_, int BLOCKS_>
   typedef T_ T;
   enum {
     BITS = BITS_,
+    IS_MIXED = BITS_ == WKV_MIXED,
     FRAMES = FRAMES_,   /* worked on at a time */
     TILES = TILES_,     /* of the output that a warp has in its registers */
     WARPS = WARPS_,     /* at most */
@@ -133,12 +134,40 @@ __device__ void stage_codes(const struct block &b, const uint8_t *const codes, c
   }
 }
 
+/* The same of mixed bits: a warp takes a block of channels at a time. */
+template <class P>
+__device__ void stage_mixed(const struct block &b, const struct wkv_cross_attention &a, const int first,
+                            typename P::T *const to) {
+  const int packed = (int)round_up(b.dim, WKV_CHANNELS), stride = b.channels + P::PAD;
+  const int channel = b.lane / 4 * 4, frame = b.lane % 4 * 4; /* of the block and of the tile */
+  const bool exists = first + frame < b.length;
+  const int64_t tile = b.matrix * count_of(a.frames, WKV_TILE) + first / WKV_TILE;
+  const uint8_t *const from = (const uint8_t *)a.keys + tile * a.tile_bytes;
+  const int64_t group = b.matrix * count_of(a.frames, a.group) + (first + frame) / a.group;
+  static_assert((int)P::FRAMES == WKV_TILE, "a tile is staged at a time");
+  int64_t start = 0;
+  for (int block = 0, c0 = channel; block < packed / WKV_CHANNELS; block++, c0 += WKV_CHANNELS) {
+    const int bits = bits_of_block(a, block * WKV_CHANNELS, start);
+    if (block % b.warps == b.warp && c0 < b.channels) {
+      const piece some = exists ? unpack_piece(bits, (const piece *)(from + start), b.lane) : piece{};
+      const float *const step = a.key_scales + group * 2 * packed + c0, *const least = step + packed;
+      for (int f = 0; f < 4; f++)
+        for (int c = 0; c < 4; c++) {
+          const float code = (float)(some.word[f] >> 8 * c & 255);
+          convert(exists ? fmaf(code, step[c], least[c]) : 0, to + (frame + f) * stride + c0 + c);
+        }
+    }
+    start += wkv_bytes_of_block(bits);
+  }
+}
+
 template <class P>
 __device__ void stage(const struct block &b, const struct wkv_cross_attention &a, const bool values, const int first,
                       const bool aligned, typename P::T *const to) {
   const void *const cache = values ? a.values : a.keys;
   const float *const scales = values ? a.value_scales : a.key_scales;
-  if (P::BITS != 0) stage_codes<P>(b, (const uint8_t *)cache, scales, a.frames, a.group, first, to);
+  if constexpr (P::IS_MIXED) stage_mixed<P>(b, a, first, to);
+  else if (P::BITS != 0) stage_codes<P>(b, (const uint8_t *)cache, scales, a.frames, a.group, first, to);
   else stage_floats<P>(b, cache, a.frames, first, aligned, to);
 }
 
@@ -341,7 +370,7 @@ attend(const struct wkv_cross_attention a, const int lots, const int slices, con
 
 /* ---- launches ---- */
 
-bool is_wide(const struct wkv_cross_attention *const a) { return a->head_dim > NARROW; }
+bool is_wide(const struct wkv_cross_attention *const a) { return a->head_dim > NARROW || a->bits == WKV_MIXED; }
 
 template <class P> const char *launch_plan(const struct wkv_cross_attention *const a, const cudaStream_t stream) {
   const int channels = (int)round_up(a->head_dim, TILE_DEPTH), depths = channels / TILE_DEPTH;
@@ -362,16 +391,19 @@ template <class P> const char *launch_plan(const struct wkv_cross_attention *con
 template <class T, int BITS>
 const char *launch_bits(const struct wkv_cross_attention *const a, const cudaStream_t stream) {
   if constexpr (sizeof(T) == 2) {
-    if (heads::can(a)) return heads::launch<T, BITS>(a, stream);
+    if constexpr (BITS != WKV_MIXED)
+      if (heads::can(a)) return heads::launch<T, BITS>(a, stream);
     if (latent::can(a)) return latent::launch<T, BITS>(a, stream);
   }
-  return is_wide(a) ? launch_plan<wide<T, BITS>>(a, stream) : launch_plan<narrow<T, BITS>>(a, stream);
+  if constexpr (BITS == WKV_MIXED) return launch_plan<wide<T, BITS>>(a, stream);
+  else return is_wide(a) ? launch_plan<wide<T, BITS>>(a, stream) : launch_plan<narrow<T, BITS>>(a, stream);
 }
 
 template <class T> const char *launch(const struct wkv_cross_attention *const a, const cudaStream_t stream) {
   const char *const failed = a->bits == 8   ? launch_bits<T, 8>(a, stream)
                              : a->bits == 4 ? launch_bits<T, 4>(a, stream)
-                                            : launch_bits<T, 0>(a, stream);
+                             : a->bits == 0 ? launch_bits<T, 0>(a, stream)
+                                            : launch_bits<T, WKV_MIXED>(a, stream);
   if (failed || !a->sums || a->counters) return failed;
   LAUNCH(finish<T>, dim3(a->rows * a->tokens * a->heads), dim3(FINISH_THREADS), 0, stream, *a);
   return launch_error();

@@ -3,8 +3,9 @@
  * meanwhile. Each warp has units of 32 channels: of these it holds the queries and the output in registers. Its
  * part of the logits goes to shared memory, where they are added and become weights.
  *
- * Codes go to the tensor cores as codes.h says. Sums are kept in units of the step of the group of frames that is
- * at work, and change their units with the group. */
+ * Codes go to the tensor cores as codes.h says; those of mixed bits are unpacked to 8 first, by the warp that has their
+ * channels. Sums are kept in units of the step of the group of frames that is at work, and change their units with the
+ * group. */
 #ifndef WHISPERKV_CUDA_CROSS_LATENT_H
 #define WHISPERKV_CUDA_CROSS_LATENT_H
 #include "codes.h"
@@ -28,10 +29,15 @@ enum {
 template <class T_, int BITS_> struct plan {
   typedef T_ T;
   typedef typename multiplied<T, BITS_>::type M;
-  enum { BITS = BITS_, IS_PACKED = BITS != 0, BYTES = IS_PACKED ? 2 * BITS : 2 * FRAMES }; /* of a channel in a tile */
+  enum {
+    IS_MIXED = BITS_ == WKV_MIXED,
+    BITS = IS_MIXED ? 8 : BITS_,
+    IS_PACKED = BITS != 0,
+    BYTES = IS_PACKED ? 2 * BITS : 2 * FRAMES, /* of a channel in a tile */
+  };
 };
 
-/* Everything in shared memory; the tiles come after it. */
+/* Everything in shared memory; the tiles come after it, and before them one of mixed bits as it is unpacked. */
 template <class P> struct __align__(16) room {
   float parts[WARPS][QUERIES][LINE]; /* of the logits */
   typename P::M weights[QUERIES][FRAMES];
@@ -49,6 +55,7 @@ struct block {
   const float *bias;              /* of the audio's frames, or NULL */
   int dim, length, queries, units; /* units: of this warp */
   int lane, warp;
+  int found[UNITS]; /* of mixed bits: 16 times the first piece of each unit in a tile, and its bits */
 };
 
 /* What a lane holds: of the queries, channels along the depth of the tensor cores; of the output, channels in rows. */
@@ -89,6 +96,13 @@ template <class P> INLINE float enlarged(const int lane) { return P::BITS == 4 &
 
 template <class P>
 INLINE void copy_tile(const struct block &b, const struct wkv_cross_attention &a, const int first, piece *const to) {
+  if (P::IS_MIXED) {
+    const int pieces = (int)(a.tile_bytes / sizeof(piece));
+    const int64_t tile = b.matrix * count_of(a.frames, WKV_TILE) + first / WKV_TILE;
+    const piece *const from = (const piece *)a.keys + tile * pieces;
+    for (int n = threadIdx.x; n < pieces; n += THREADS) copy_piece(to + n, from + n);
+    return;
+  }
   if (P::IS_PACKED) {
     const int pieces = b.dim * P::BYTES / (int)sizeof(piece);
     const int64_t tile = b.matrix * count_of(a.frames, WKV_TILE) + first / WKV_TILE;
@@ -103,6 +117,16 @@ INLINE void copy_tile(const struct block &b, const struct wkv_cross_attention &a
     const bool exists = first + frame < b.length;
     for (int n = 0; n < pieces - b.lane; n += WARP) copy_piece_or_zeros(place + n, from + n, exists);
   }
+}
+
+/* This warp's units of mixed bits. */
+INLINE void unpack_units(const struct block &b, const piece *const tile, piece *const to) {
+#pragma unroll
+  for (int u = 0; u < UNITS; u++) {
+    if (u >= b.units) break;
+    to[place_of_codes(unit_of(b, u) * UNIT + b.lane)] = unpack_piece(b.found[u] % 16, tile + b.found[u] / 16, b.lane);
+  }
+  __syncwarp();
 }
 
 /* This warp's part of the logits. */
@@ -397,8 +421,9 @@ INLINE void attend_some(const struct block &b, const struct wkv_cross_attention 
                         const int begin, const int end, room<P> *const memory) {
   struct held<P> h = {};
   struct softening w = {{-FLT_MAX, -FLT_MAX}, {0, 0}, {0, 0}}; /* finite, or -inf would be subtracted from itself */
-  piece *const tiles = (piece *)(memory + 1);
-  const int pieces = b.dim * P::BYTES / (int)sizeof(piece);
+  piece *const unpacked = (piece *)(memory + 1);
+  piece *const tiles = unpacked + (P::IS_MIXED ? b.dim * P::BYTES / (int)sizeof(piece) : 0);
+  const int pieces = P::IS_MIXED ? (int)(a.tile_bytes / sizeof(piece)) : b.dim * P::BYTES / (int)sizeof(piece);
   const int64_t groups = P::IS_PACKED ? count_of(a.frames, a.group) : 1;
   const int frames_of_group = P::IS_PACKED ? (int)smaller(a.group, INT32_MAX - FRAMES) : INT32_MAX - FRAMES;
   const float *scales = a.key_scales + (b.matrix * groups + begin / frames_of_group) * 2 * b.dim;
@@ -419,11 +444,16 @@ INLINE void attend_some(const struct block &b, const struct wkv_cross_attention 
       load_queries<P>(b, a, scales, h, memory);
       open_group<P>(b, scales, is_first, h, memory);
     }
-    score<P>(b, h, tiles + stage * pieces, memory);
+    const piece *tile = tiles + stage * pieces;
+    if (P::IS_MIXED) {
+      unpack_units(b, tile, unpacked);
+      tile = unpacked;
+    }
+    score<P>(b, h, tile, memory);
     __syncthreads();
     soften<P>(b, a, w, first, ends_group, memory);
     __syncthreads();
-    mix<P>(b, h, tiles + stage * pieces, memory);
+    mix<P>(b, h, tile, memory);
     if (P::IS_PACKED && ends_group) close_group<P>(b, scales, h, memory);
   }
   copies_but<0>();
@@ -437,6 +467,18 @@ INLINE void attend_some(const struct block &b, const struct wkv_cross_attention 
   __syncthreads();
   if (P::IS_PACKED && begin >= end) open_group<P>(b, scales, true, h, memory); /* no sums, but they have a unit */
   store<P>(b, a, split, h, memory);
+}
+
+/* Where the units of this warp are in a tile of mixed bits. */
+INLINE void find_units(struct block &b, const struct wkv_cross_attention &a) {
+  int64_t start = 0;
+#pragma unroll
+  for (int u = 0; u < UNITS; u++)
+    for (int warp = 0; warp < WARPS && (u * WARPS + warp) * UNIT < b.dim; warp++) {
+      const int bits = bits_of_block(a, (u * WARPS + warp) * UNIT, start);
+      if (warp == b.warp) b.found[u] = (int)(start / sizeof(piece)) * 16 + bits;
+      start += wkv_bytes_of_block(bits);
+    }
 }
 
 /* Grid: audios, heads and splits, and for each of these `lots` blocks, which share out its queries. */
@@ -453,6 +495,7 @@ __global__ void __launch_bounds__(THREADS, 1) attend(const struct wkv_cross_atte
   b.lane = threadIdx.x % WARP;
   b.warp = threadIdx.x / WARP;
   b.units = (b.dim / UNIT - b.warp + WARPS - 1) / WARPS;
+  if (P::IS_MIXED) find_units(b, a);
   const int64_t audio = b.matrix / a.heads;
   b.bias = a.bias ? a.bias + audio * a.frames : NULL;
   b.length = a.lengths[audio] < a.frames ? a.lengths[audio] : (int)a.frames;
@@ -471,7 +514,8 @@ template <class T, int BITS>
 const char *launch(const struct wkv_cross_attention *const a, const cudaStream_t stream) {
   typedef plan<T, BITS> P;
   const int lots = lots_of(a, QUERIES);
-  const size_t bytes = sizeof(room<P>) + 2 * a->head_dim * P::BYTES;
+  const size_t tile = a->head_dim * P::BYTES;
+  const size_t bytes = sizeof(room<P>) + (P::IS_MIXED ? tile + 2 * a->tile_bytes : 2 * tile);
   const char *const refused = allow_shared((const void *)attend<P>, bytes);
   if (refused) return refused;
   LAUNCH(attend<P>, dim3(a->audios * a->heads * a->splits * lots), dim3(THREADS), bytes, stream, *a, lots);
@@ -480,8 +524,9 @@ const char *launch(const struct wkv_cross_attention *const a, const cudaStream_t
 
 /* Whether it can. */
 inline bool can(const struct wkv_cross_attention *const a) {
-  return a->dtype != WKV_FLOAT32 && a->keys == a->values && a->head_dim > 64 && a->head_dim <= WIDEST &&
-         a->head_dim % 64 == 0 && (uintptr_t)a->keys % sizeof(piece) == 0;
+  const bool fits = a->bits == WKV_MIXED ? a->head_dim % UNIT == 0 : a->head_dim > 64 && a->head_dim % 64 == 0;
+  return a->dtype != WKV_FLOAT32 && a->keys == a->values && a->head_dim <= WIDEST && fits &&
+         (uintptr_t)a->keys % sizeof(piece) == 0;
 }
 
 } // namespace latent

@@ -72,16 +72,44 @@ def layout(codes, bits):
     return np.ascontiguousarray((quads[..., 0, :] | quads[..., 1, :] << 4).swapaxes(3, 4))
 
 
+def make_mixed(draw, audios, heads, frames, bits, group):
+    """The same of mixed bits, of each block of 32 channels so many."""
+    tiles, groups, its = up(frames, 16) // 16, up(frames, group) // group, np.repeat(bits, 32)
+    codes = (draw.random((audios, heads, tiles * 16, len(its))) * 2**its).astype(np.uint8)
+    scales = draw.random((audios, heads, groups, 2, len(its)), np.float32) + 0.5
+    scales *= np.stack([4 / 2**its, np.full(len(its), -2)]).astype(np.float32)
+    step, least = (np.repeat(scales[..., i, :], group, 2)[:, :, :frames] for i in range(2))
+    return layout_mixed(codes, bits), scales, codes[:, :, :frames] * step + least
+
+
+def layout_mixed(codes, bits):
+    """Of a tile the blocks, of a block the planes of 8, 4, 2 and 1 bits, of a plane pieces of 16 frames, each four
+    bytes with the codes of so many quads of channels as fit."""
+    audios, heads, frames, _ = codes.shape
+    quads = codes.reshape(audios, heads, frames // 16, 16, len(bits), 8, 4)
+    pieces = []
+    for block, its in enumerate(bits):
+        below = 0
+        for plane in (8, 4, 2, 1):
+            if its & plane:
+                part, together = quads[..., block, :, :] >> below & (1 << plane) - 1, 8 // plane
+                for first in range(0, 8, together):
+                    pieces.append(sum(part[..., first + i, :] << plane * i for i in range(together)))
+                below += plane
+    return np.ascontiguousarray(np.stack(pieces, 3).astype(np.uint8))  # [audios, heads, tiles, pieces, 16, 4]
+
+
 # ---- cross-attention ----
 
 
 class Cross:
-    """A problem of cross-attention, in memory."""
+    """A problem of cross-attention, in memory. `mixed`: the bits of each block of channels of a latent cache."""
 
     def __init__(self, bits=0, dtype="float16", rows=5, tokens=1, heads=1, dim=64, audios=1, frames=80, lengths=None,
                  splits=1, group=64, weights=False, latent=False, owner=None, seed=0, offset=0, lots=1,
-                 biased=False):  # fmt: skip
+                 biased=False, mixed=()):  # fmt: skip
         draw = np.random.default_rng(seed)
+        dim, bits, latent = (32 * len(mixed), -1, True) if mixed else (dim, bits, latent)
         self.sizes = dict(rows=rows, tokens=tokens, heads=heads, head_dim=dim, audios=audios, frames=frames)
         self.dtype, self.bits, self.splits, self.group, self.latent = dtype, bits, splits, group, latent
         self.biased = biased
@@ -91,7 +119,12 @@ class Cross:
         self.memory = GlobalMemory()
         put = self.memory.put
 
+        self.tile_bytes = 64 * sum(mixed)
+
         def cache():
+            if mixed:
+                codes, scales, numbers = make_mixed(draw, audios, heads, frames, mixed, group)
+                return put(codes), put(scales), numbers
             if bits:
                 codes, scales, numbers = make_codes(draw, audios, heads, frames, dim, bits, group)
                 return put(codes), put(scales), numbers
@@ -102,11 +135,13 @@ class Cross:
 
         keys, key_scales, self.keys = cache()
         values, value_scales, self.values = (keys, key_scales, self.keys) if latent else cache()
+        if mixed:
+            value_scales = put(np.repeat(mixed, 32).astype(np.float32))
         lines = splits * rows * tokens * heads
         self.bias = np.log(draw.integers(1, 17, (audios, frames))).astype(np.float32) * biased
         nothing = functools.partial(np.full, fill_value=np.nan, dtype=np.float32)
         is_split = splits > 1 or weights
-        self.lots = lots if is_split and dim <= 64 else 0  # of counters
+        self.lots = lots if is_split and dim <= 64 and not mixed else 0  # of counters
         self.addresses = dict(
             query=put(self.query), keys=keys, values=values, key_scales=key_scales, value_scales=value_scales,
             owner=put(self.owner), lengths=put(self.lengths), bias=put(self.bias) if biased else 0,
@@ -118,7 +153,7 @@ class Cross:
         )  # fmt: skip
         self.struct = packed(
             "wkv_cross_attention", **self.sizes, dtype=DTYPES.index(dtype), bits=bits, group=group, scale=dim**-0.5,
-            splits=splits, lots=self.lots, **self.addresses,
+            splits=splits, lots=self.lots, tile_bytes=self.tile_bytes, **self.addresses,
         )  # fmt: skip
 
     @property
@@ -133,25 +168,20 @@ class Cross:
         """Name, grid, threads, shared memory and further arguments of the kernel that the launch chooses."""
         dim, dtype, bits = self.sizes["head_dim"], self.dtype, self.bits
         blocks = self.sizes["audios"] * self.sizes["heads"] * self.splits
-        if dim == 64 and dtype != "float32" and (not bits or self.group % 32 == 0):
+        mangled = f"{MANGLED[dtype]}Li{bits}E".replace("Li-", "Lin")
+        if dim == 64 and dtype != "float32" and bits >= 0 and (not bits or self.group % 32 == 0):
             together = 8 if self.queries <= 8 else 16
             lots, frames = self.lots_of(together), 32 if bits else 16
             tiles = 4 * 2 * 2 * frames * 64 * (bits or 16) // 8
             shared = up(tiles + 4 * together * (68 + 2) * 4 + together * 4 + 4, 16)
             name = ("heads", "attend", f"{MANGLED[dtype]}Li{bits}ELi{together}ELb{int(self.biased)}E")
             return name, blocks * lots, 128, shared, np.int32(lots).tobytes()
-        if self.latent and dtype != "float32" and 64 < dim <= 1280 and dim % 64 == 0:
+        if self.latent and dtype != "float32" and (bits < 0 or 64 < dim <= 1280 and dim % 64 == 0):
             lots = self.lots_of(24)
             room = 8 * 24 * 20 * 4 + 24 * 16 * 2 + 2 * 8 * 24 * 4 + 1280 * 4 + 5 * 24 * 4 + 4
-            shared = up(room, 16) + 2 * dim * (2 * bits or 32)
-            return (
-                ("latent", "attend", f"{MANGLED[dtype]}Li{bits}E"),
-                blocks * lots,
-                256,
-                shared,
-                np.int32(lots).tobytes(),
-            )
-        frames, out, warps = (16, 20, 8) if dim > 64 else (64, 2, 4)
+            shared = up(room, 16) + (2 * dim * (2 * bits or 32) if bits >= 0 else 16 * dim + 2 * self.tile_bytes)
+            return ("latent", "attend", mangled), blocks * lots, 256, shared, np.int32(lots).tobytes()
+        frames, out, warps = (16, 20, 8) if dim > 64 or bits < 0 else (64, 2, 4)
         size = 4 if dtype == "float32" else 2
         channels, pad, line = up(dim, 16), 16 // size, frames + 8
         warps = min(warps, channels // 8)
@@ -159,7 +189,7 @@ class Cross:
         parts = [16 * (channels + pad) * size, *[frames * (channels + pad) * size] * (1 if self.latent else 2),
                  slices * 16 * line * 4, 16 * (frames + pad) * size, 64, 64, 64, 64]  # fmt: skip
         aligned = dim * size % 16 == 0 and self.addresses["keys"] % 16 == 0
-        name = ("GLOBAL", "attend", f"{MANGLED[dtype]}Li{bits}ELi{frames}ELi{out}E")
+        name = ("GLOBAL", "attend", f"{mangled}Li{frames}ELi{out}E")
         arguments = np.array([lots, slices], np.int32).tobytes() + bytes([aligned])
         return name, blocks * lots, warps * WARP, sum(up(part, 16) for part in parts), arguments
 

@@ -1,12 +1,13 @@
 """convert_to_mla() and restore()."""
 
+import inspect
 import sys
 from collections.abc import Iterable
 from typing import Any
 
 import torch
 
-from . import calibrating, factorize, installing
+from . import calibrating, factorize, installing, whisper_converting
 from .architectures import architecture_of
 from .calibration import collect, token_rows
 from .codes import check_bits
@@ -37,12 +38,14 @@ def convert_to_mla(
     xkv_share: str = "latents",
     rope_pairs: int | None = None,
 ) -> tuple[Any, Any]:
-    """Let a language model's cache hold small latents in place of keys and values. Returns (model, tokenizer).
+    """Let a model's cache hold small latents in place of keys and values. Returns (model, tokenizer), of a Whisper
+    (model, processor).
 
     The model is changed in place; generate() and pipelines work as before. `model.lowrank` says what it has become, and
     restore(model) makes it what it was if store_original_weights was set.
 
-    model_or_path            a causal language model of transformers, or its folder
+    model_or_path            a causal language model of transformers, or its folder; or a Whisper, its folder or its
+                             size, as "tiny.en"
     compression_ratio        how many times fewer numbers a token takes; 1 keeps everything
     compression_method       "separate": a latent for keys and one for values; "joint": one for both; "decoupled_rope":
                              the same, and only the pairs that need it are rotated; "xkv": across the layers of a
@@ -58,8 +61,16 @@ def convert_to_mla(
     cache_bits               8, 4, 3 or 2: hold codes of so many bits a number, on average
     xkv_share                "latents": the layers of a group share each token's latent; "bases": only the matrices
     rope_pairs               of "decoupled_rope": rotary pairs of a head that stay rotated; half of them by default
+
+    Of a Whisper both caches become small, as docs/lowrank-whisper.md says: that of its tokens by compression_ratio, and
+    that of the audio to cache_bits (4, 3 or 2; 3 by default). `calibration` are recordings then, samples at 16 kHz or
+    files' names, or the file that calibrate() wrote, and `tokenizer` is the processor.
     """
-    _check(locals())
+    given = dict(locals())
+    _check(given)
+    if whisper_converting.is_whisper(model_or_path):
+        defaults = {name: each.default for name, each in inspect.signature(convert_to_mla).parameters.items()}
+        return whisper_converting.convert(model_or_path, tokenizer, given, defaults)
     model, tokenizer = _load(model_or_path, tokenizer, dtype, device)
     if isinstance(getattr(model, "lowrank", None), LowRank):
         raise ValueError(f"the model is converted already: {model.lowrank!r}. Load it anew, or restore() it first")
@@ -108,6 +119,8 @@ def convert_to_mla(
 def restore(model: Any) -> Any:
     """Make a converted model what it was; one that was not converted is left alone."""
     record = getattr(model, "lowrank", None)
+    if isinstance(record, whisper_converting.WhisperLowRank):
+        return whisper_converting.restore(model)
     if not isinstance(record, LowRank):
         return model
     if record.originals is None:

@@ -9,7 +9,7 @@ from torch.nn import functional
 from transformers import DynamicCache
 
 from ..compat import CACHE
-from . import record
+from . import record, whisper_converting
 from .architectures import architecture_of
 from .calibration import token_rows
 
@@ -35,14 +35,22 @@ class CacheMemory:
 
 
 def measure_cache_memory(
-    model: Any, sequence_length: int = 1024, batch_size: int = 1, measure: bool = True
+    model: Any, sequence_length: int | None = None, batch_size: int = 1, measure: bool = True
 ) -> CacheMemory:
-    """Bytes of the cache after so many tokens, computed and, by a pass over them, measured. A model that was not
-    converted is measured too: then `latent` is what its keys and values take."""
+    """Bytes of the cache after so many tokens, computed and, by a pass over them, measured. A language model that was
+    not converted is measured too: then `latent` is what its keys and values take.
+
+    sequence_length  None: 1024, of a Whisper all that it decodes. Of a Whisper batch_size audios are counted too
+    """
+    if sequence_length is None:
+        sequence_length = getattr(model.config, "max_target_positions", 1024)
     for name, value in (("sequence_length", sequence_length), ("batch_size", batch_size)):
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise ValueError(f"{name} must be a whole number of at least 1; got {value!r}")
     of = getattr(model, "lowrank", None)
+    if isinstance(of, whisper_converting.WhisperLowRank):
+        sizes = whisper_converting.memory(model, sequence_length, batch_size)
+        return CacheMemory(*sizes, whisper_converting.measured(model, sequence_length, batch_size) if measure else None)
     layers = of.layers if isinstance(of, record.LowRank) else {}
     kind = architecture_of(model)
     rotary = kind.rotary(model)
@@ -86,6 +94,11 @@ def compute_perplexity(
                pass over a whole row attends to its own tokens by their own keys
     """
     of = getattr(model, "lowrank", None)
+    if whisper_converting.is_whisper(model):
+        raise ValueError(
+            "compute_perplexity is for language models; a Whisper says what it hears: "
+            "whisperkv.evaluation.compare() tries settings on recordings, by errors and likelihood"
+        )
     if stepwise is None:
         stepwise = isinstance(of, record.LowRank) and any(each.is_shared for each in of.layers.values())
     rows = sorted(token_rows(texts, tokenizer, ALL, max_length, "texts"), key=len, reverse=True)
@@ -114,9 +127,15 @@ def _perplexity(model, rows, batch_size, stepwise):
 
 
 def generate_samples(
-    model: Any, tokenizer: Any, prompts: Sequence[str], max_new_tokens: int = 64, **settings: Any
+    model: Any, tokenizer: Any, prompts: Sequence[Any], max_new_tokens: int = 64, **settings: Any
 ) -> list[str]:
-    """What the model writes after each prompt. Settings are those of generate()."""
+    """What the model writes after each prompt; a Whisper, what it hears in each recording. Settings are those of
+    generate().
+
+    prompts  texts; of a Whisper recordings, samples at 16 kHz or files' names
+    """
+    if whisper_converting.is_whisper(model):
+        return whisper_converting.transcripts(model, tokenizer, prompts, max_new_tokens, settings)
     written = []
     for prompt in prompts:
         given = tokenizer(prompt, return_tensors="pt").to(model.device)

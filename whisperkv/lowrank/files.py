@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from . import installing, record
+from . import installing, record, whisper_converting
 from .architectures import architecture, names
 
 RECORD, WEIGHTS, ORIGINALS = "lowrank.json", "model.safetensors", "original.safetensors"
@@ -14,11 +14,12 @@ FORMAT = 1
 
 
 def save_mla_model(model: Any, tokenizer: Any, folder: Any) -> None:
-    """Write a converted model, and a tokenizer if there is one, into a folder. Matrices that layers share are written
-    once; the projections of before too, if they were stored."""
+    """Write a converted model, and a tokenizer (of a Whisper, the processor) if there is one, into a folder. Matrices
+    that layers share are written once; the projections of before too, if they were stored."""
     from safetensors.torch import save_file
 
-    of = record.record_of(model)
+    of = getattr(model, "lowrank", None)
+    of = of if isinstance(of, whisper_converting.WhisperLowRank) else record.record_of(model)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     model.config.save_pretrained(folder)
@@ -42,27 +43,37 @@ def save_mla_model(model: Any, tokenizer: Any, folder: Any) -> None:
             for each, tensor in module.state_dict().items()
         }
         save_file(kept, folder / ORIGINALS, metadata={"format": "pt"})
+    if isinstance(of, whisper_converting.WhisperLowRank):
+        (folder / whisper_converting.CALIBRATION).write_bytes(of.calibration)
     dtype = str(model.dtype).removeprefix("torch.")
     whole = {"format": FORMAT, "dtype": dtype, "restorable": of.originals is not None, "same": same, **of.to_dict()}
     (folder / RECORD).write_text(json.dumps(whole, indent=1) + "\n")
 
 
 def load_mla_model(folder: Any, device: Any = None) -> tuple[Any, Any]:
-    """(model, tokenizer) of a folder that save_mla_model() has written; the tokenizer is None if there was none."""
-    from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+    """(model, tokenizer) of a folder that save_mla_model() has written, of a Whisper (model, processor); the latter is
+    None if there was none."""
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSpeechSeq2Seq, GenerationConfig
 
     from .converting import tokenizer_at
 
     folder = Path(folder)
     given = _read_record(folder)
-    of = record.LowRank.from_dict({name: value for name, value in given.items() if name not in _ABOUT})
+    about = {name: value for name, value in given.items() if name not in _ABOUT}
     tensors = _read_tensors(folder / WEIGHTS)
     config = AutoConfig.from_pretrained(folder)
-    if config.model_type != of.architecture:
-        raise ValueError(f"{folder} does not fit together: {RECORD} is of {of.architecture}, config.json of another")
-    model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, given["dtype"])).eval()
-    kind = architecture(of.architecture)
-    taken = installing.install(model, of, installing.factors_of(kind, kind.attentions(model), of.layers))
+    if config.model_type != given["architecture"]:
+        its = given["architecture"]
+        raise ValueError(f"{folder} does not fit together: {RECORD} is of {its}, config.json of another")
+    is_whisper = given["architecture"] == whisper_converting.NAME
+    kind = AutoModelForSpeechSeq2Seq if is_whisper else AutoModelForCausalLM
+    model = kind.from_config(config, dtype=getattr(torch, given["dtype"])).eval()
+    if is_whisper:
+        of = whisper_converting.read(folder, about)
+    else:
+        of = record.LowRank.from_dict(about)
+        its = architecture(of.architecture)
+        taken = installing.install(model, of, installing.factors_of(its, its.attentions(model), of.layers))
     expected = model.state_dict()
     missing = sorted(set(expected) - set(tensors) - set(given["same"]))
     other = [name for name in tensors if name not in expected or expected[name].shape != tensors[name].shape]
@@ -83,24 +94,29 @@ def load_mla_model(folder: Any, device: Any = None) -> tuple[Any, Any]:
         of.originals = taken
     if (folder / "generation_config.json").exists():
         model.generation_config = GenerationConfig.from_pretrained(folder)
-    tokenizer = tokenizer_at(folder) if (folder / "tokenizer_config.json").exists() else None
-    return model if device is None else model.to(device), tokenizer
+    if device is not None:
+        model.to(device)
+    if is_whisper:
+        of.patch(model)
+        return model, whisper_converting.processor_at(folder)
+    return model, tokenizer_at(folder) if (folder / "tokenizer_config.json").exists() else None
 
 
 _ABOUT = ("format", "dtype", "restorable", "same")
 
 
 def _read_record(folder):
+    known = [*names(), whisper_converting.NAME]
     if not (folder / RECORD).is_file():
         raise ValueError(f"{folder} holds no converted model (no {RECORD}): write one with save_mla_model()")
     try:
         given = json.loads((folder / RECORD).read_text())
     except ValueError as error:
         raise ValueError(f"{folder / RECORD} is truncated or damaged: save the model again") from error
-    if not isinstance(given, dict) or given.get("format") != FORMAT or given.get("architecture") not in names():
+    if not isinstance(given, dict) or given.get("format") != FORMAT or given.get("architecture") not in known:
         raise ValueError(
             f"{folder / RECORD} was written by another version, or for a model that is not known here: there are "
-            f"{', '.join(names())}"
+            f"{', '.join(known)}"
         )
     return given
 

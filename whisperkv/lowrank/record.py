@@ -80,6 +80,11 @@ class LowRank:
 def record_of(model: Any) -> LowRank:
     """The conversion that a model has been through."""
     record = getattr(model, "lowrank", None)
+    if getattr(record, "architecture", None) == "whisper":
+        raise ValueError(
+            "this is for language models. A Whisper's latents take other settings by restore(model) and "
+            "convert_to_mla(model, ...) anew, and are not trained"
+        )
     if not isinstance(record, LowRank):
         raise ValueError(f"{type(model).__name__} holds no latents: call whisperkv.lowrank.convert_to_mla(model) first")
     return record

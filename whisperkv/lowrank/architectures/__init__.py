@@ -41,8 +41,8 @@ def architecture_of(model):
         return architecture(kind)
     if kind == "whisper":
         raise ValueError(
-            "convert_to_mla is for language models. Whisper's caches are made small by whisperkv.patch(model, "
-            "cross=CrossConfig(..., calibration=)), with a file from whisperkv.lowrank.calibrate(model, audio)"
+            "this is for language models, or a Whisper that was converted: convert_to_mla(model, "
+            "calibration=recordings) first"
         )
     if kind.startswith("deepseek") or getattr(config, "kv_lora_rank", None):
         raise ValueError(f"{kind} holds latents already (multi-head latent attention): use it as it is")
