@@ -224,14 +224,32 @@ def test_info(whisperkv):
     assert "extra" in said or "demo" in found.stdout
 
 
-def test_bench_and_prune(whisperkv, clips, monkeypatch):
-    from whisperkv import demo
+def test_bench(whisperkv, clips, monkeypatch):
+    from whisperkv.evaluation import turns
 
-    monkeypatch.setattr(demo, "ROUNDS", 1)
+    monkeypatch.setattr(turns, "ROUNDS", 1)
     soundfile.write("a.wav", clips["engine"], RATE)
     found = whisperkv("bench", "a.wav", "--beam_size", 1)
-    assert found.exit_code == 0 and "whisperkv, fastest" in found.stdout and "2.9 s of audio" in found.stdout
-    assert whisperkv("bench", "gone.wav").exit_code == 2
+    assert found.exit_code == 0 and "2.9 s of audio" in found.stdout and "last window" not in found.stdout
+    assert found.stderr.count("round 1 of 1") == 4
+    lines = {line.split("   ")[0].strip(): line for line in found.stdout.splitlines()}
+    assert "1.00x" in lines["unpatched"] and lines["lossless"].endswith("the same") and lines["fastest"]
+    missing = whisperkv("bench", "gone.wav")
+    assert missing.exit_code == 2 and "gone.wav" in missing.stderr
+
+
+def test_bench_of_more_than_a_window(whisperkv, speech, monkeypatch):
+    from whisperkv.evaluation import turns
+
+    monkeypatch.setattr(turns, "ROUNDS", 1)
+    soundfile.write("long.flac", np.concatenate([speech[0], speech[0][: 6 * RATE]]), RATE)
+    found = whisperkv("bench", "long.flac", "--beam_size", 2)
+    lines = {line.split("   ")[0].strip(): line for line in found.stdout.splitlines()}
+    assert "35.2 s of audio" in found.stdout and "last window" in found.stdout
+    assert lines["lossless"].endswith("the same") and "smallest" in lines
+
+
+def test_prune(whisperkv):
     found = whisperkv("prune", "--help")
     assert found.exit_code == 0 and "usage: whisperkv prune" in found.stdout and "--pruner" in found.stdout
     assert whisperkv("prune").exit_code == 2

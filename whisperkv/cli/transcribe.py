@@ -94,7 +94,8 @@ def transcribe(
 
     Each recording's files are written as soon as it is done. After an interruption, the same command with
     `--skip-existing` goes on. The exit code is 0 if all went well, 1 if a recording failed, 2 for a wrong option, 130
-    after Ctrl-C.
+    after Ctrl-C. Options have openai-whisper's names, as `--condition_on_previous_text` and
+    `--temperature_increment_on_fallback`, and take its values (`--word_timestamps True`).
     """
     import torch
 

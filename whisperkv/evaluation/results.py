@@ -279,6 +279,22 @@ def markdown(results: Sequence[Result]) -> str:
     return f"{table(list(MARKDOWN), rows, [form for form, _ in MARKDOWN.values()])}\n\n{lines}"
 
 
+def beside(results: Sequence[Result]) -> str:
+    """The same figures with a setting a column, aligned, for a terminal; it is Markdown all the same."""
+    names = list(MARKDOWN)
+    columns = [
+        ["-" if (value := get(row)) is None else format(value, form) for form, get in MARKDOWN.values()]
+        for row in results
+    ]
+    names.insert(1, "-" * max(map(len, names)))
+    for column in columns:
+        column.insert(1, "-" * (max(map(len, column)) - 1) + ":")
+    first, others = [name.ljust(len(names[1])) for name in names], []
+    for column in columns:
+        others.append([cell.rjust(len(column[1])) for cell in column])
+    return "\n".join(f"| {' | '.join(line)} |" for line in zip(first, *others))
+
+
 def write_json(results: Sequence[Result], path: str | PathLike[str] | None = None) -> str:
     text = json.dumps([each.to_dict() for each in results], indent=1, ensure_ascii=False) + "\n"
     return _written(text, path)
