@@ -62,15 +62,21 @@ def test_every_kind_of_recording(whisperkv, clips, tmp_path):
     soundfile.write("talks/stereo.mp3", np.stack([fast, 0.5 * fast], 1), 44100)
     soundfile.write("talks/silent.wav", np.zeros(5 * RATE), RATE)
     soundfile.write("talks/none.wav", np.zeros(0), RATE)
+    soundfile.write("talks/cut.flac", clip, RATE)
+    whole = (tmp_path / "talks" / "cut.flac").read_bytes()
+    (tmp_path / "talks" / "cut.flac").write_bytes(whole[: len(whole) // 2])
+    (tmp_path / "talks" / "zero.mp3").touch()
     (tmp_path / "talks" / "notes.md").write_text("not a recording")
     (tmp_path / "talks" / "broken.ogg").write_bytes(b"OggS and then nothing" * 20)
     found = whisperkv("transcribe", "talks", "gone.wav", "--output_dir", "out", "--output-format", "txt")
     assert found.exit_code == 1 and found.stdout == ""
     errors = found.stderr.splitlines()
-    assert any(line.startswith("talks/none.wav: there is no sound in it") for line in errors)
+    assert any(line.startswith("talks/none.wav: there is no sound in it; record it again") for line in errors)
+    assert any(line.startswith("talks/zero.mp3: the file is empty; copy or record it again") for line in errors)
+    assert any(line.startswith("talks/cut.flac: it breaks off: ") and "Copy it again" in line for line in errors)
     assert any(line.startswith("talks/broken.ogg: ") for line in errors)
     assert any(line.startswith("gone.wav: No such file or directory; give the path") for line in errors)
-    assert errors[-1].startswith("4 of 7 recordings done; ") and errors[-1].endswith("; 3 failed")
+    assert errors[-1].startswith("4 of 9 recordings done; ") and errors[-1].endswith("; 5 failed")
     out = tmp_path / "out"
     written = {str(file.relative_to(out)): file.read_text() for file in out.rglob("*.*")}
     assert set(written) == {"old/plain.txt", "noisy.txt", "stereo.txt", "silent.txt"}
@@ -87,6 +93,8 @@ def test_stdin_to_stdout(whisperkv, clips, tmp_path):
     words = [word["word"] for segment in json.loads(found.stdout)["segments"] for word in segment["words"]]
     assert " engine" in words
     assert [file.name for file in tmp_path.iterdir()] == ["a.wav"]
+    found = whisperkv("transcribe", "-", input=b"")
+    assert found.exit_code == 1 and found.stderr.startswith("standard input: nothing came in; pipe a recording into it")
     found = whisperkv("transcribe", "a.wav", "-o", "-", "-f", "all")
     assert found.exit_code == 2 and "standard output takes one format" in found.stderr
 
@@ -136,6 +144,12 @@ def test_ctrl_c_loses_nothing_that_was_done(whisperkv, clips, tmp_path, monkeypa
         (["--recent", "8", "--heavy", "-1"], "EvictionConfig.heavy must be a whole number"),
         (["--lossless", "--trim", "off"], "leave out cross"),
         (["--model", "nothing-like-it"], "no such folder, and none of tiny"),
+        (["--device", "tpu"], "device must be cpu, cuda or cuda:N; got 'tpu'"),
+        (["--device", "cuda:99"], "device 'cuda:99': torch sees "),
+        (
+            ["--output_dir", "a.wav/texts"],
+            "a.wav/texts: Not a directory, so nothing can be written there; name another",
+        ),
     ],
 )
 def test_wrong_options(whisperkv, clips, options, says):
@@ -235,7 +249,7 @@ def test_bench(whisperkv, clips, monkeypatch):
     lines = {line.split("   ")[0].strip(): line for line in found.stdout.splitlines()}
     assert "1.00x" in lines["unpatched"] and lines["lossless"].endswith("the same") and lines["fastest"]
     missing = whisperkv("bench", "gone.wav")
-    assert missing.exit_code == 2 and "gone.wav" in missing.stderr
+    assert missing.exit_code == 2 and "gone.wav: No such file or directory; check the path" in missing.stderr
 
 
 def test_bench_of_more_than_a_window(whisperkv, speech, monkeypatch):
@@ -265,6 +279,35 @@ def test_help_names_every_option(whisperkv):
         assert f"--{name}" in found.stdout, name
     for name in ("transcribe", "bench", "info", "prune"):
         assert name in whisperkv("--help").stdout
+
+
+def test_ctrl_c_before_anything_is_loaded(monkeypatch):
+    from whisperkv import cli
+
+    monkeypatch.setattr(cli, "application", lambda: os.kill(os.getpid(), signal.SIGINT))
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+    finally:
+        signal.signal(signal.SIGINT, handler)
+    assert ended.value.code == 130
+
+
+def test_ctrl_c_while_torch_is_loaded():
+    code = (
+        "import builtins, sys\n"
+        "real = builtins.__import__\n"
+        "def stop(name, *rest):\n"
+        "    if name == 'torch': raise KeyboardInterrupt\n"
+        "    return real(name, *rest)\n"
+        "builtins.__import__ = stop\n"
+        "from whisperkv.cli import main\n"
+        "main([sys.argv[1], 'a.wav'])\n"
+    )
+    for command, says in (("transcribe", "0 recordings done; interrupted; the same"), ("bench", "interrupted")):
+        found = subprocess.run([sys.executable, "-c", code, command], capture_output=True, text=True)
+        assert found.returncode == 130 and says in found.stderr and "Traceback" not in found.stderr
 
 
 def test_without_the_extra(monkeypatch):

@@ -12,6 +12,8 @@ def main(arguments=None):
         app = application()
     except ImportError as error:
         sys.exit(f"whisperkv: {error.name} is not installed: pip install whisperkv[cli]")
+    except KeyboardInterrupt:
+        sys.exit(130)
     app(arguments, prog_name="whisperkv")
 
 

@@ -1,5 +1,6 @@
 """What `compare`, `demo`, `tune` and `bench` have in common."""
 
+import signal
 import sys
 import textwrap
 from contextlib import contextmanager
@@ -7,6 +8,8 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from .progress import interrupt
 
 SHOWN = ("lossless", "fastest", "smallest")  # settings
 WORDS = 100  # of each text
@@ -23,7 +26,9 @@ class option:
             "(.tsv, .csv, .jsonl) with audio and text.",
         ),
     ]
-    Model = Annotated[str, typer.Option(help="tiny.en, base, a folder (transformers' or CTranslate2's) or a hub id.")]
+    Model = Annotated[
+        str, typer.Option(help="tiny.en (English alone), base, a folder (transformers' or CTranslate2's) or a hub id.")
+    ]
     Language = Annotated[
         str | None,
         typer.Option(help="As en, de. Default: what the model hears at the beginning of the first recording."),
@@ -38,14 +43,19 @@ class option:
 @contextmanager
 def complaint(command):
     """What can go wrong, as one line and an exit code of 2; 130 after Ctrl-C."""
+    before = signal.signal(signal.SIGTERM, interrupt)
     try:
         yield
     except (ImportError, OSError, ValueError, TypeError, RuntimeError) as error:
-        print(f"whisperkv {command}: {error}", file=sys.stderr)
+        is_path = isinstance(error, OSError) and error.filename is not None
+        what = f"{error.filename}: {error.strerror}; check the path" if is_path else error
+        print(f"whisperkv {command}: {what}", file=sys.stderr)
         raise typer.Exit(2) from None
     except KeyboardInterrupt:
         print(f"whisperkv {command}: interrupted", file=sys.stderr)
         raise typer.Exit(130) from None
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def audios_of(paths, count):
@@ -61,7 +71,7 @@ def audios_of(paths, count):
 
     audios = heard(samples, note)
     if not audios:
-        raise ValueError(f"none of {len(samples)} recordings can be read")
+        raise ValueError(f"none of {len(samples)} recordings can be read: give others")
     return audios, bad
 
 

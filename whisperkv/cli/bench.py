@@ -21,19 +21,19 @@ def bench(
     ] = None,
 ) -> None:
     """Measure this machine: transformers alone beside whisperkv, lossless, fastest and smallest, the same recording."""
-    import torch
-    import transformers
-
-    from .. import demo
-    from ..evaluation.turns import in_turns, written
-    from ..transcription.audio import RATE, read_audio
-    from ..transcription.loading import load
-    from .info import processor_name
-
-    if threads is not None:
-        torch.set_num_threads(threads)
-    transformers.logging.set_verbosity_error()
     with complaint("bench"):
+        import torch
+        import transformers
+
+        from .. import demo
+        from ..evaluation.turns import in_turns, written
+        from ..transcription.audio import RATE, read_audio
+        from ..transcription.loading import load
+        from .info import processor_name
+
+        if threads is not None:
+            torch.set_num_threads(threads)
+        transformers.logging.set_verbosity_error()
         samples = read_audio(audio or demo.CLIP)
         whisper, processor = load(model, "cpu")
         best = in_turns(whisper, processor, samples, beam_size, lambda text: print(text, file=sys.stderr))

@@ -31,7 +31,11 @@ def transcribe(
     ],
     model: Annotated[
         str,
-        _file("--model", "-m", "tiny.en, base, large-v3 ..., a folder (transformers or faster-whisper) or a hub id."),
+        _file(
+            "--model",
+            "-m",
+            "tiny.en (English alone), base, large-v3 ..., a folder (transformers, faster-whisper) or a hub id.",
+        ),
     ] = "tiny.en",
     output_dir: Annotated[
         str | None,
@@ -97,18 +101,18 @@ def transcribe(
     after Ctrl-C. Options have openai-whisper's names, as `--condition_on_previous_text` and
     `--temperature_increment_on_fallback`, and take its values (`--word_timestamps True`).
     """
-    import torch
-
-    from ..config import CrossConfig, EvictionConfig
-    from ..transcription.files import plan, transcribe_files
-    from ..transcription.settings import Settings
-    from ..transcription.transcribing import prepared
-    from ..transcription.writers import Layout, formats
-
-    if threads is not None:
-        torch.set_num_threads(threads)
-    to_stdout = output_dir == "-" or output_dir is None and audio == ["-"]
     with Progress("transcribe") as progress:
+        import torch
+
+        from ..config import CrossConfig, EvictionConfig
+        from ..transcription.files import check_writable, plan, transcribe_files
+        from ..transcription.settings import Settings
+        from ..transcription.transcribing import prepared
+        from ..transcription.writers import Layout, formats
+
+        if threads is not None:
+            torch.set_num_threads(threads)
+        to_stdout = output_dir == "-" or output_dir is None and audio == ["-"]
         layout = Layout(max_line_width, max_line_count, max_words_per_line, highlight_words)
         if layout.needs_words and not word_timestamps:
             raise ValueError("--max_line_width and its kin cut subtitles between words: add --word_timestamps")
@@ -126,6 +130,7 @@ def transcribe(
         left = [job for job in jobs if not (skip_existing and job.is_written(wanted))]
         progress.skipped = len(jobs) - len(left)
         if left:
+            check_writable(left)
             eviction = held = None
             if not (recent is heavy is policy is None):
                 eviction = EvictionConfig(policy or "heavy_hitter", 64 if recent is None else recent, heavy or 0)
