@@ -261,7 +261,7 @@ def test_compare_from_the_command_line(command, folder, noises, tmp_path):
         "compare", noises, "--model", folder, "--setting", "recent=8,heavy=4", "--out", out, "--threads", 1
     )
     assert code == 1 and "left out: broken:" in errors and "broken.wav" in errors
-    assert re.match(r"\| setting +\| unpatched \| +recent=8,heavy=4 \|\n", said) and "\n    NLL|" in said
+    assert re.match(r"\| setting +\| +unpatched \| +recent=8,heavy=4 \|\n", said) and "\n    NLL|" in said
     assert "<svg" in out.read_text() and (tmp_path / "report.csv").is_file()
     first, other = read_json(tmp_path / "report.json")
     assert first.audios == 3 and first.model == str(folder) and other.evicted > 0 and first.words == 6

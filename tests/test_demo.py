@@ -86,7 +86,7 @@ def test_a_recording_of_ones_own(demo, tmp_path, speech, monkeypatch):
     ("data", "complaint"),
     [
         (None, "no such file"),
-        (b"", "Format not recognised"),
+        (b"", "the file is empty; copy or record it again"),
         (b"not a sound" * 99, "Pass WAV, FLAC, OGG or MP3"),
         (np.zeros(0), "there is no sound in it"),
         (np.array([0.1, np.nan]), "not every sample is a number"),
