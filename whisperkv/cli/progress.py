@@ -53,6 +53,7 @@ class Progress:
 
     def tell(self, news: News) -> None:
         heard, done = self._heard, news.transcript
+        assert self._start is not None, "begin() comes first"
         if done is None:
             heard[news.number] = max(heard[news.number], news.segments[-1].end)
         elif done.error is None:

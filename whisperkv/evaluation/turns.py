@@ -72,7 +72,7 @@ def difference(tokens: torch.Tensor, wanted: torch.Tensor) -> str:
 def written(best: dict[str, Turn]) -> str:
     """A table, one line a setting."""
     first, lossless, *_ = best.values()
-    rows = [("", "time", "speed", "self cache", "cross cache", "evicted", "tokens")]
+    rows: list[tuple[str, ...]] = [("", "time", "speed", "self cache", "cross cache", "evicted", "tokens")]
     for name, turn in best.items():
         held = turn.held
         sizes = [held.self_bytes, held.cross_bytes] if held else []

@@ -25,10 +25,10 @@ def load(name: str, device: str | torch.device | None = None, dtype: torch.dtype
     device  None is a CUDA GPU if there is one, else the CPU
     dtype   None is float16 on a GPU, float32 on the CPU
     """
-    device = device_of(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    dtype = dtype or (torch.float16 if device.type == "cuda" else torch.float32)
+    place = device_of(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    dtype = dtype or (torch.float16 if place.type == "cuda" else torch.float32)
     model, processor = _loaded(name, dtype)
-    return model.to(device).eval(), processor
+    return model.to(place).eval(), processor
 
 
 def device_of(name: str | torch.device) -> torch.device:
