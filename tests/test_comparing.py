@@ -147,7 +147,7 @@ def test_what_is_written(compared, tmp_path):
     aligned = results.beside(compared).splitlines()
     assert len({len(line) for line in aligned}) == 1 and aligned[0].split("|")[4].strip() == SMALL
     low, high = compared[2].nll_difference_interval
-    assert any(f"| {low:+.4f} to {high:+.4f} |" in line for line in aligned if line.startswith("|   (95 %) "))
+    assert any(f" {low:+.4f} to {high:+.4f} |" in line for line in aligned if line.startswith("|   (95 %) "))
     assert f"whisperkv:{whisperkv.__version__}" in text and str(compared[0]) == markdown(compared[:1])
 
 
