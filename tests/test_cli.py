@@ -290,18 +290,19 @@ def test_commands_in_the_documentation():
     """Each takes the arguments that the pages give it. Nothing is run."""
     from whisperkv.cli import application
 
-    commands = typer.main.get_command(application()).commands
+    group = typer.main.get_command(application())
+    commands, parent = group.commands, group.make_context("whisperkv", ["info"])
     lines = [line for page in ["README.md", *all_pages()] for line in (ROOT / page).read_text().splitlines()]
     found = [COMMAND.search(line.partition("#")[0]) for line in lines if "`" not in line]
     found = [match.group(1).split() for match in found if match]
     for name, *arguments in found:
         try:
-            commands[name].make_context(name, arguments)
+            commands[name].make_context(name, arguments, parent=parent)
         except typer.Exit:
             assert arguments == ["--help"]
     assert {"transcribe", "compare", "tune", "demo"} <= {name for name, *_ in found}
     with pytest.raises(Exception, match="No such option"):
-        commands["transcribe"].make_context("transcribe", ["a.wav", "--no_such"])
+        commands["transcribe"].make_context("transcribe", ["a.wav", "--no_such"], parent=parent)
 
 
 def test_ctrl_c_before_anything_is_loaded(monkeypatch):
