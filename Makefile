@@ -11,8 +11,8 @@ BIN := $(VENV)/bin
 .PHONY: demo test test-floor sanitize sanitize-cuda ptx gpu gpu-ready gpu-tests gpu-ops gpu-steps gpu-generate gpu-memory \
 	gpu-sanitize bench engines lint coverage docs docs-serve wheels clean
 
-demo: $(VENV)/.demo
-	$(BIN)/python -m whisperkv.demo $(AUDIO)
+demo: $(VENV)/.demo,cli
+	$(BIN)/whisperkv demo $(AUDIO)
 
 # JOBS=1 for one test at a time. Kernels for one GPU and PTX are enough to test that they compile.
 JOBS ?= 2
@@ -129,7 +129,7 @@ docs-serve: $(VENV)/.docs
 wheels:
 	PYTHON=$(PYTHON) CONSTRAINTS=$(CONSTRAINTS) sh .ci/wheels
 
-# One stamp an extra: demo, test, bench, docs, dev. The package is installed in place, so Python changes need no new install.
+# One stamp for some extras: demo,cli, test, bench, docs, dev. The package is installed in place, so Python changes need no new install.
 $(VENV)/.%: $(SOURCES)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q --disable-pip-version-check -c $(CONSTRAINTS) -e '.[$*]'
@@ -137,4 +137,4 @@ $(VENV)/.%: $(SOURCES)
 	touch $@
 
 clean:
-	rm -rf build dist site htmlcov .coverage* *.egg-info whisperkv/*.so .venv .venv-floor .venv-engines .venv-lint .venv-wheels
+	rm -rf build dist site htmlcov .coverage* whisperkv-demo *.egg-info whisperkv/*.so .venv .venv-floor .venv-engines .venv-lint .venv-wheels

@@ -17,8 +17,11 @@ def blocks(page):
 
 def pages():
     """Those that have any."""
-    found = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "docs").rglob("*.md"))
-    return [page for page in found if blocks(page)]
+    return [page for page in all_pages() if blocks(page)]
+
+
+def all_pages():
+    return sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "docs").rglob("*.md"))
 
 
 def run(code, names, place):

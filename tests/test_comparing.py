@@ -2,7 +2,9 @@
 
 import csv
 import json
+import os
 import re
+import signal
 import sys
 from dataclasses import replace
 
@@ -142,6 +144,10 @@ def test_what_is_written(compared, tmp_path):
     assert len(lines) == 2 + 4 + 1 + 5 and len({line.count("|") for line in lines[:6]}) == 1
     for figure in ("WER|reference:given", "NLL|", "RTFx|", "caches|", "memory|"):
         assert any(line.strip().startswith(figure) for line in lines[7:])
+    aligned = results.beside(compared).splitlines()
+    assert len({len(line) for line in aligned}) == 1 and aligned[0].split("|")[4].strip() == SMALL
+    low, high = compared[2].nll_difference_interval
+    assert any(f" {low:+.4f} to {high:+.4f} |" in line for line in aligned if line.startswith("|   (95 %) "))
     assert f"whisperkv:{whisperkv.__version__}" in text and str(compared[0]) == markdown(compared[:1])
 
 
@@ -259,7 +265,7 @@ def test_compare_from_the_command_line(command, folder, noises, tmp_path):
         "compare", noises, "--model", folder, "--setting", "recent=8,heavy=4", "--out", out, "--threads", 1
     )
     assert code == 1 and "left out: broken:" in errors and "broken.wav" in errors
-    assert said.startswith("| setting |") and "recent=8,heavy=4" in said
+    assert re.match(r"\| setting +\| +unpatched \| +recent=8,heavy=4 \|\n", said) and "\n    NLL|" in said
     assert "<svg" in out.read_text() and (tmp_path / "report.csv").is_file()
     first, other = read_json(tmp_path / "report.json")
     assert first.audios == 3 and first.model == str(folder) and other.evicted > 0 and first.words == 6
@@ -282,6 +288,25 @@ def test_what_was_done_before_an_interruption_is_kept(command, folder, noises, t
     )
     assert [each.setting for each in read_json(tmp_path / "report.json")] == ["unpatched", "lossless"]
     assert "lossless" in said and "lossless" in out.read_text()
+
+
+def test_what_tune_has_tried_before_an_interruption_is_kept(command, folder, noises, tmp_path, monkeypatch):
+    from whisperkv.evaluation import tuning
+
+    settings = []
+
+    def interrupted(model, processor, audios, setting, *rest):
+        settings.append(setting.name)
+        if len(settings) == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return measure(model, processor, audios, setting, *rest)
+
+    monkeypatch.setattr(tuning, "measure", interrupted)
+    code, said, errors = command("tune", noises, "--model", folder, "--out", tmp_path / "tuned.svg", "--threads", 1)
+    assert code == 130 and not said and "tuned.json" in errors and "whisperkv tune: interrupted" in errors
+    tried = json.loads((tmp_path / "tuned.json").read_text())
+    assert [each["setting"] for each in tried] == ["unpatched", "lossless"] and not (tmp_path / "tuned.svg").exists()
+    assert all(f"model:{folder}" in each["signatures"]["nll"] for each in tried)
 
 
 @pytest.mark.parametrize(

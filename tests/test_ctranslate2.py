@@ -17,6 +17,7 @@ from tokenizers.pre_tokenizers import ByteLevel
 from transformers import WhisperConfig, WhisperForConditionalGeneration, WhisperProcessor, pipeline
 
 from whisperkv import demo, load_ctranslate2
+from whisperkv.transcription.audio import read_audio
 
 SPECIAL = ["endoftext", "startoftranscript", "en", "de", "translate", "transcribe", "startoflm", "startofprev"]
 SPECIAL = [f"<|{name}|>" for name in [*SPECIAL, "nocaptions", "notimestamps"]]
@@ -555,7 +556,7 @@ def test_settings_left_out(folder):
     assert generation.alignment_heads == [[layer, head] for layer in (1, 2) for head in range(4)]
 
 
-# ---- the demo ----
+# ---- the demo's model and clip ----
 
 
 def test_read_audio(tmp_path):
@@ -563,32 +564,9 @@ def test_read_audio(tmp_path):
     tone = np.sin(np.arange(44100) * 2 * np.pi * 440 / 44100)
     for name in ("tone.wav", "tone.flac", "tone.ogg", "tone.mp3"):
         soundfile.write(tmp_path / name, np.stack([tone, 0 * tone], 1) / 2, 44100)
-        samples = demo.read_audio(tmp_path / name)
+        samples = read_audio(tmp_path / name)
         assert samples.dtype == np.float32 and samples.ndim == 1 and abs(len(samples) - 16000) < 1500
         assert abs(np.abs(np.fft.rfft(samples[2000:10000])).argmax() * 2 - 440) <= 2
-
-
-@pytest.mark.parametrize(
-    ("data", "complaint"),
-    [
-        (None, "No such file"),
-        (b"", "Format not recognised"),
-        (b"not a sound" * 99, "Pass WAV, FLAC, OGG or MP3"),
-        (np.zeros(0), "there is no sound in it"),
-        (np.array([0.1, np.nan]), "not every sample is a number"),
-    ],
-)
-def test_demo_refuses(tmp_path, capsys, data, complaint):
-    soundfile = pytest.importorskip("soundfile")
-    if isinstance(data, bytes):
-        (tmp_path / "a.wav").write_bytes(data)
-    elif data is not None:
-        soundfile.write(tmp_path / "a.wav", data, 16000, subtype="FLOAT")
-    with pytest.raises(SystemExit) as stop:
-        demo.main([str(tmp_path / "a.wav")])
-    assert stop.value.code == 2
-    message = capsys.readouterr().err
-    assert complaint in message and "a.wav" in message
 
 
 def test_without_the_extra(monkeypatch):
@@ -598,19 +576,3 @@ def test_without_the_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "soundfile", None)
     with pytest.raises(ImportError, match=r"pip install whisperkv\[demo\]"):
         demo.demo_audio()
-
-
-def test_demo_on_long_audio(tiny_en, speech, tmp_path, capsys, monkeypatch):
-    import soundfile
-
-    samples = speech[0]
-    soundfile.write(tmp_path / "long.flac", np.concatenate([samples, samples[: 6 * 16000]]), 16000)
-    monkeypatch.setattr(demo, "ROUNDS", 1)
-    demo.main([str(tmp_path / "long.flac")])
-    shown = capsys.readouterr()
-    lines = {line.split("   ")[0].strip(): line for line in shown.out.splitlines()}
-    assert "35.2 s of audio" in shown.out and "last window" in shown.out
-    assert lines["whisperkv, lossless"].endswith("the same")
-    assert "1.00x" in lines["transformers"] and all(way in lines for way in demo.WAYS)
-    assert "fishing boat finally pulled them back to shore" in " ".join(shown.out.split())
-    assert shown.err.count("round 1 of 1") == len(demo.WAYS)

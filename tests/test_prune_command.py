@@ -86,10 +86,12 @@ def test_streamed_words(folder, recordings, capsys):
 def test_a_bad_file_is_named_and_the_rest_goes_on(folder, recordings, tmp_path, capsys):
     bad = tmp_path / "bad.wav"
     bad.write_bytes(b"no sound")
+    gone = tmp_path / "gone.wav"
     done, printed, told = run(
-        capsys, "--model", folder, "--audio", bad, recordings[0], "--max-new-tokens", 4, "--device", "cpu"
+        capsys, "--model", folder, "--audio", bad, gone, recordings[0], "--max-new-tokens", 4, "--device", "cpu"
     )
-    assert done == 1 and "bad.wav" in told and len(printed.splitlines()) == 1
+    assert done == 1 and len(printed.splitlines()) == 1
+    assert f"\n{bad}: Format not recognised" in "\n" + told and f"\n{gone}: " in told
 
 
 @pytest.mark.parametrize(
@@ -102,6 +104,8 @@ def test_a_bad_file_is_named_and_the_rest_goes_on(folder, recordings, tmp_path, 
         (["--set", "seed"], "--set takes NAME=VALUE"),
         (["--pruner", "random", "--set", "sed=3"], "sed"),
         (["--model", "/no/such/folder"], "/no/such/folder"),
+        (["--device", "cuda:99"], "device 'cuda:99': torch sees "),
+        (["--out", "/no/such/a.jsonl"], "--out: /no/such: no such folder; make it"),
     ],
 )
 def test_bad_input(folder, recordings, capsys, arguments, complaint):

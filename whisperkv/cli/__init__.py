@@ -4,15 +4,17 @@ of the library and prints. Results go to stdout or to files, all else to stderr.
 import importlib
 import sys
 
-COMMANDS = ("transcribe", "compare", "tune", "bench", "info", "prune")  # files here, in the order of --help
+COMMANDS = ("transcribe", "compare", "tune", "bench", "demo", "info", "prune")  # files here, in the order of --help
 
 
-def main():
+def main(arguments=None):
     try:
         app = application()
     except ImportError as error:
         sys.exit(f"whisperkv: {error.name} is not installed: pip install whisperkv[cli]")
-    app()
+    except KeyboardInterrupt:
+        sys.exit(130)
+    app(arguments, prog_name="whisperkv")
 
 
 def application():

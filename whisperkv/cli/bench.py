@@ -21,23 +21,25 @@ def bench(
     ] = None,
 ) -> None:
     """Measure this machine: transformers alone beside whisperkv, lossless, fastest and smallest, the same recording."""
-    import torch
-    import transformers
-
-    from .. import demo
-    from ..transcription.audio import RATE, read_audio
-    from ..transcription.loading import load
-    from .info import processor_name
-
-    if threads is not None:
-        torch.set_num_threads(threads)
-    transformers.logging.set_verbosity_error()
     with complaint("bench"):
-        samples = read_audio(audio) if audio else demo.demo_audio()[0]
+        import torch
+        import transformers
+
+        from .. import demo
+        from ..evaluation.turns import in_turns, written
+        from ..transcription.audio import RATE, read_audio
+        from ..transcription.loading import load
+        from .info import processor_name
+
+        if threads is not None:
+            torch.set_num_threads(threads)
+        transformers.logging.set_verbosity_error()
+        samples = read_audio(audio or demo.CLIP)
         whisper, processor = load(model, "cpu")
-    best = demo.compare(whisper, processor, samples, beam_size)
+        best = in_turns(whisper, processor, samples, beam_size, lambda text: print(text, file=sys.stderr))
     versions = f"torch {torch.__version__}, transformers {transformers.__version__}"
     print(f"{processor_name()}, {torch.get_num_threads()} thread(s), {versions}")
     print(f"{audio or 'the demo clip'}: {len(samples) / RATE:.1f} s of audio; {model}, {beam_size} beam(s)\n")
-    print(demo.table(best))
-    sys.stdout.flush()
+    print(written(best))
+    if len(samples) > 30 * RATE:
+        print("(caches and evicted tokens: of the last window of 30 s)")

@@ -55,6 +55,7 @@ class Progress:
 
     def tell(self, news: News) -> None:
         heard, done = self._heard, news.transcript
+        assert self._start is not None, "begin() comes first"
         if done is None:
             heard[news.number] = max(heard[news.number], news.segments[-1].end)
         elif done.error is None:
@@ -69,6 +70,7 @@ class Progress:
         self._bar.update(self._task, completed=sum(heard), description=count, speed=speed)
 
     def fail(self, name: str, error: Exception) -> None:
+        name = "standard input" if name == "-" else name
         text = str(error)
         if isinstance(error, OSError) and error.strerror:
             text = f"{name}: {error.strerror}; give the path of a recording or a folder"
@@ -78,7 +80,7 @@ class Progress:
         )
 
     def __enter__(self) -> Progress:
-        self._before = signal.signal(signal.SIGTERM, _interrupt)
+        self._before = signal.signal(signal.SIGTERM, interrupt)
         return self
 
     def __exit__(self, kind, error, trace):
@@ -113,5 +115,5 @@ class Progress:
         self.console.print(escape("; ".join(parts)), soft_wrap=True, highlight=False)
 
 
-def _interrupt(number, frame):
+def interrupt(number, frame):
     raise KeyboardInterrupt

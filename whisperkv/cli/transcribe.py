@@ -32,7 +32,11 @@ def transcribe(
     ],
     model: Annotated[
         str,
-        _file("--model", "-m", "tiny.en, base, large-v3 ..., a folder (transformers or faster-whisper) or a hub id."),
+        _file(
+            "--model",
+            "-m",
+            "tiny.en (English alone), base, large-v3 ..., a folder (transformers, faster-whisper) or a hub id.",
+        ),
     ] = "tiny.en",
     output_dir: Annotated[
         str | None,
@@ -108,18 +112,22 @@ def transcribe(
 
     Each recording's files are written as soon as it is done. After an interruption, the same command with
     `--skip-existing` goes on; with `--ray` it always does. The exit code is 0 if all went well, 1 if a recording
-    failed, 2 for a wrong option, 130 after Ctrl-C.
+    failed, 2 for a wrong option, 130 after Ctrl-C. Options have openai-whisper's names, as
+    `--condition_on_previous_text` and `--temperature_increment_on_fallback`, and take its values (`--word_timestamps
+    True`).
     """
-    import torch
-
-    from ..config import CrossConfig, EvictionConfig
-    from ..transcription.files import plan, transcribe_files
-    from ..transcription.settings import Settings
-    from ..transcription.transcribing import prepared
-    from ..transcription.writers import Layout, formats
-
-    to_stdout = output_dir == "-" or output_dir is None and audio == ["-"]
     with Progress("transcribe") as progress:
+        import torch
+
+        from ..config import CrossConfig, EvictionConfig
+        from ..transcription.files import check_writable, plan, transcribe_files
+        from ..transcription.settings import Settings
+        from ..transcription.transcribing import prepared
+        from ..transcription.writers import Layout, formats
+
+        if threads is not None:
+            torch.set_num_threads(threads)
+        to_stdout = output_dir == "-" or output_dir is None and audio == ["-"]
         layout = Layout(max_line_width, max_line_count, max_words_per_line, highlight_words)
         if layout.needs_words and not word_timestamps:
             raise ValueError("--max_line_width and its kin cut subtitles between words: add --word_timestamps")
@@ -163,8 +171,6 @@ def transcribe(
                 raise ValueError(f"{alone} is of Ray: add --ray local")
             if output_format in ("parquet", "jsonl"):
                 raise ValueError(f"--output_format {output_format} is written by Ray: add --ray local")
-            if threads is not None:
-                torch.set_num_threads(threads)
             wanted = formats(output_format or ("txt" if to_stdout else "all"))
             if to_stdout and len(wanted) > 1:
                 raise ValueError(f"--output_format {output_format}: standard output takes one format; choose one")
@@ -172,6 +178,7 @@ def transcribe(
             left = [job for job in jobs if not (skip_existing and job.is_written(wanted))]
             progress.skipped = len(jobs) - len(left)
             if left:
+                check_writable(left)
                 progress.say(f"loading {model}")
                 whisper, processor = prepared(**patching)
                 progress.begin([job.source for job in left])

@@ -52,17 +52,20 @@ def tune(
         logging.set_verbosity_error()
         audios, bad = audios_of(audio, count)
         whisper, processor = load(model, device)
-        with progress() as steps:
-            found = tuned(
-                whisper, processor, audios, within_wer, within_nll, goal.value, settings,
-                Options(language, batch, threads=threads), model, steps.begin, steps.advance,
-            )  # fmt: skip
-        plot.search(found.entries, goal.value, within_nll, found.setting.name).savefig(out)
-        tried = [
-            {"setting": each.setting.text, "share": each.share, "heard": each.audios, **each.result.to_dict()}
-            for each in found.entries
-        ]
-        out.with_suffix(".json").write_text(json.dumps(tried, indent=1, ensure_ascii=False) + "\n")
+        tried = {}
+        try:
+            with progress() as steps:
+                found = tuned(
+                    whisper, processor, audios, within_wer, within_nll, goal.value, settings,
+                    Options(language, batch, threads=threads), model, steps.begin, steps.advance,
+                    lambda entry: tried.update({entry.setting.name: entry}),
+                )  # fmt: skip
+            tried = {each.setting.name: each for each in found.entries}
+            plot.search(found.entries, goal.value, within_nll, found.setting.name).savefig(out)
+            print(f"written: {out}", file=sys.stderr)
+        finally:  # what is done is kept, whatever came
+            if tried:
+                write_tried(tried.values(), out.with_suffix(".json"))
     share = {"speed": "seconds", "memory": "bytes"}[goal.value]
     rows = [
         (
@@ -83,6 +86,14 @@ def tune(
     print(f"\n    {found.python}\n")
     if found.options:
         print(f"    whisperkv transcribe {found.options} ...\n")
-    print(f"written: {out}, {out.with_suffix('.json')}", file=sys.stderr)
     if bad:
         raise typer.Exit(1)
+
+
+def write_tried(entries, path):
+    tried = [
+        {"setting": each.setting.text, "share": each.share, "heard": each.audios, **each.result.to_dict()}
+        for each in entries
+    ]
+    path.write_text(json.dumps(tried, indent=1, ensure_ascii=False) + "\n")
+    print(f"written: {path}", file=sys.stderr)

@@ -56,7 +56,7 @@ def compare_each(
     known, baseline = [audio for audio in audios if audio.text], None
     for setting in chosen:
         on_setting(setting.name)
-        given = baseline and baseline.tokens
+        given = baseline.tokens if baseline else None
         if isinstance(model, str):
             measured = apart(Job(model, device, list(audios), setting, options, given), on_window)
         else:

@@ -4,9 +4,10 @@ from collections.abc import Iterator
 from os import PathLike
 from pathlib import Path
 
+from ..transcription.audio import ENDINGS
 from ..transcription.manifests import MANIFESTS, read_json
 from .manifests import from_dataset, manifest
-from .samples import AUDIO, Sample, recording, reference
+from .samples import Sample, recording, reference
 
 PUNCTUATION = {"<COMMA>": ",", "<PERIOD>": ".", "<QUESTIONMARK>": "?", "<EXCLAMATIONPOINT>": "!"}  # of GigaSpeech
 NO_SPEECH = ("<SIL>", "<MUSIC>", "<NOISE>", "<OTHER>")
@@ -69,9 +70,9 @@ def spoken_qa(manifest: str | PathLike[str]) -> Iterator[Sample]:
 
 def recordings(folder: str | PathLike[str]) -> Iterator[Sample]:
     """A plain folder: every recording in it, in any depth, and what is said where NAME.txt stands beside it."""
-    found = sorted(path for path in _folder(folder).rglob("*") if path.suffix.lower() in AUDIO and path.is_file())
+    found = sorted(path for path in _folder(folder).rglob("*") if path.suffix.lower() in ENDINGS and path.is_file())
     if not found:
-        raise FileNotFoundError(f"{folder}: no recording in it ({', '.join(AUDIO)})")
+        raise FileNotFoundError(f"{folder}: no recording in it; known are {' '.join(sorted(ENDINGS))}")
     for path in found:
         yield _with_text(path, str(path.relative_to(folder).with_suffix("")))
 
@@ -83,7 +84,7 @@ def read(path: object) -> list[Sample]:
         return list(from_dataset(path))
     path = Path(path)
     if not path.exists():
-        raise FileNotFoundError(f"{path}: no such file or folder")
+        raise FileNotFoundError(f"{path}: no such file or folder; check the path")
     if path.name == "GigaSpeech.json" or (path.is_dir() and (path / "GigaSpeech.json").is_file()):
         return list(gigaspeech(path))
     if path.is_dir():

@@ -234,6 +234,7 @@ def norm_name(language: str, spellings: Mapping[str, str] | None) -> str:
 
 # Writing
 
+INTERVAL = " (95 %)"
 MARKDOWN: dict[str, tuple[str, Callable[[Result], object]]] = {
     "setting": ("", lambda row: row.setting),
     "WER %": (".2f", lambda row: row.wer),
@@ -277,6 +278,23 @@ def markdown(results: Sequence[Result]) -> str:
     rows = [[get(row) for _, get in MARKDOWN.values()] for row in results]
     lines = "\n".join(f"    {line}" for line in results[-1].signatures.values()) if results else ""
     return f"{table(list(MARKDOWN), rows, [form for form, _ in MARKDOWN.values()])}\n\n{lines}"
+
+
+def beside(results: Sequence[Result]) -> str:
+    """The same figures with a setting a column, aligned, for a terminal; it is Markdown all the same."""
+    lines: list[list[str]] = []
+    for name, (form, get) in MARKDOWN.items():
+        cells = ["-" if (value := get(row)) is None else format(value, form) for row in results]
+        if not name.endswith(INTERVAL):
+            lines.append([name, *cells])
+            continue
+        lines.append([name.removesuffix(INTERVAL), *(cell.partition(" (")[0] for cell in cells)])
+        if any(" (" in cell for cell in cells):
+            lines.append([f" {INTERVAL}", *(cell.partition(" (")[2].removesuffix(")") or "-" for cell in cells)])
+    first, *others = (max(map(len, column)) for column in zip(*lines))
+    lines.insert(1, ["-" * first, *("-" * (width - 1) + ":" for width in others)])
+    aligned = ([name.ljust(first), *(map(str.rjust, cells, others))] for name, *cells in lines)
+    return "\n".join(f"| {' | '.join(line)} |" for line in aligned)
 
 
 def write_json(results: Sequence[Result], path: str | PathLike[str] | None = None) -> str:

@@ -113,6 +113,7 @@ def tune(
     name: str = "",
     on_round: Callable[[str, int], None] = lambda name, windows: None,
     on_window: Callable[[int], None] = lambda windows: None,
+    on_entry: Callable[[Entry], None] = lambda entry: None,
 ) -> Tuned:
     """The fastest or the smallest setting on these recordings.
 
@@ -122,15 +123,16 @@ def tune(
     name        of the model, for the signatures
     count       settings that are tried; many on few recordings first, then few on many
     on_round    told what comes next, and how many windows that is; on_window how many are done
+    on_entry    told of each setting, as soon as it is measured on the recordings of a round
 
     A setting counts as within a bound if the whole 95 % interval of its difference is: little audio proves little.
     Where no word has changed, three may yet, so that a bound of 0.3 points takes 1000 words at least.
     """
     if goal not in GOALS:
         raise ValueError(f"goal must be one of {', '.join(GOALS)}; got {goal!r}")
-    for name, bound in (("within_wer", within_wer), ("within_nll", within_nll)):
+    for field, bound in (("within_wer", within_wer), ("within_nll", within_nll)):
         if not (isinstance(bound, (int, float)) and bound >= 0):
-            raise ValueError(f"{name} must be a number of 0 or more; got {bound!r}")
+            raise ValueError(f"{field} must be a number of 0 or more; got {bound!r}")
     if count < 1:
         raise ValueError(f"count must be 1 or more; got {count!r}")
     audios = units_of(audios)
@@ -153,6 +155,7 @@ def tune(
             before = so_far.get(setting.name)
             so_far[setting.name] = measured if before is None else before + measured
             entries[setting.name] = _entry(setting, so_far, audios[:heard], options, goal, name)
+            on_entry(entries[setting.name])
         begun = heard
         possible = [each for each in alive if not _is_out(entries[each.name].result, within_wer, within_nll)]
         possible.sort(key=lambda each: _rank(entries[each.name], within_wer, within_nll))

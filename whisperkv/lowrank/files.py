@@ -27,7 +27,8 @@ def save_mla_model(model: Any, tokenizer: Any, folder: Any) -> None:
         model.generation_config.save_pretrained(folder)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
-    once, same, first = {}, {}, {}
+    once, same = {}, {}
+    first: dict[tuple[Any, ...], str] = {}
     for name, tensor in model.state_dict().items():
         key = (tensor.data_ptr(), tensor.shape, tensor.stride())
         if tensor.numel() and first.setdefault(key, name) != name:

@@ -5,11 +5,13 @@ import json
 import sys
 import time
 from ast import literal_eval
+from pathlib import Path
 
 import torch
 import transformers
 
 from ..transcription.audio import RATE, read_audio
+from ..transcription.loading import device_of
 from . import apply, names, stats
 from .base import check_budget
 from .loading import inputs_of, load
@@ -45,7 +47,10 @@ def main(arguments=None, prog="python -m whisperkv.prune"):
         pruner = _pruner(options)
         if options.threads is not None:
             torch.set_num_threads(options.threads)
-        model, processor = load(options.model, options.device)
+        device = device_of(options.device)
+        if options.out and not Path(options.out).absolute().parent.is_dir():
+            raise ValueError(f"--out: {Path(options.out).absolute().parent}: no such folder; make it, or name another")
+        model, processor = load(options.model, device)
     except (ImportError, OSError, TypeError, ValueError, RuntimeError) as error:
         parser.error(str(error))
     out = open(options.out, "w") if options.out else None
@@ -54,7 +59,8 @@ def main(arguments=None, prog="python -m whisperkv.prune"):
         try:
             record = answer(model, processor, file, pruner, budget, options)
         except (ImportError, OSError, ValueError) as error:
-            print(f"{file}: {error}", file=sys.stderr)
+            told = str(error)
+            print(told if told.startswith(file) else f"{file}: {told}", file=sys.stderr)
             failed += 1
             continue
         if not options.stream:

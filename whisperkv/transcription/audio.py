@@ -67,20 +67,24 @@ def _checked(name, blocks):
     count = 0
     for block in blocks:
         if not np.isfinite(block).all():
-            raise ValueError(f"{name}: not every sample is a number")
+            raise ValueError(f"{name}: not every sample is a number; write the file anew, as ffmpeg does")
         count += len(block)
         if len(block):
             yield block
     if not count:
-        raise ValueError(f"{name}: there is no sound in it")
+        raise ValueError(f"{name}: there is no sound in it; record it again, or leave it out")
 
 
 def _blocks(path):
     if str(path) == STDIN:
         data = sys.stdin.buffer.read()  # what is compressed stays so: soundfile must be able to go back in it
+        if not data:
+            raise ValueError("standard input: nothing came in; pipe a recording into it, or name a file")
         yield from _any("standard input", io.BytesIO(data), data)
     else:
         with open(path, "rb") as file:
+            if not file.peek(1):
+                raise ValueError(f"{path}: the file is empty; copy or record it again, or leave it out")
             yield from _any(path, file, None)
 
 
@@ -100,7 +104,10 @@ def _any(name, file, data):
         try:
             yield from _resampled(sound)
         except soundfile.LibsndfileError as error:
-            raise ValueError(f"{name}: it breaks off: {error.error_string}") from error
+            raise ValueError(
+                f"{name}: it breaks off: {error.error_string} Copy it again, or save what is there: "
+                "ffmpeg -i BROKEN WHOLE.wav"
+            ) from error
 
 
 def _resampled(sound):

@@ -1,6 +1,7 @@
 """Which recordings are to be transcribed into which files, and doing it: each file is written as soon as it can be."""
 
 import sys
+import tempfile
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -70,6 +71,18 @@ def sources(audio: str) -> list[tuple[str, Path]]:
     if not found:
         raise ValueError(f"{audio}: no recordings in this folder; known are {' '.join(sorted(ENDINGS))}")
     return found
+
+
+def check_writable(jobs: Iterable[Job]) -> None:
+    """Make the folders of the jobs' files, and raise if nothing can be written there: before hours are decoded."""
+    for folder in dict.fromkeys(job.stem.parent for job in jobs if job.stem is not None):
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=folder):
+                pass
+        except OSError as error:
+            why = f"{folder}: {error.strerror}, so nothing can be written there; name another output_dir"
+            raise OSError(why) from error
 
 
 def transcribe_files(

@@ -25,10 +25,23 @@ def load(name: str, device: str | torch.device | None = None, dtype: torch.dtype
     device  None is a CUDA GPU if there is one, else the CPU
     dtype   None is float16 on a GPU, float32 on the CPU
     """
-    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    dtype = dtype or (torch.float16 if device.type == "cuda" else torch.float32)
+    place = device_of(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    dtype = dtype or (torch.float16 if place.type == "cuda" else torch.float32)
     model, processor = _loaded(name, dtype)
-    return model.to(device).eval(), processor
+    return model.to(place).eval(), processor
+
+
+def device_of(name: str | torch.device) -> torch.device:
+    """The device of that name, if it is there."""
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ValueError(f"device must be cpu, cuda or cuda:N; got {str(name)!r}") from None
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        count = torch.cuda.device_count()
+        had = f"torch sees {count} GPU{'s' * (count != 1)}" if count else "torch sees no GPU"
+        raise ValueError(f"device {str(name)!r}: {had}; leave out device, or see `whisperkv info`")
+    return device
 
 
 def base_folder() -> Path:

@@ -1,12 +1,12 @@
 """The models that can be converted: one file each, found by the model type of a config."""
 
 import importlib
-from typing import TypeVar
+from typing import Any, TypeVar
 
 Kind = TypeVar("Kind", bound=type)
 
 # The file of each; what was registered by others is the class itself.
-_KNOWN = {"gpt2": "gpt2", "llama": "llama", "mistral": "mistral", "qwen2": "qwen2", "qwen3": "qwen3"}
+_KNOWN: dict[str, Any] = {"gpt2": "gpt2", "llama": "llama", "mistral": "mistral", "qwen2": "qwen2", "qwen3": "qwen3"}
 
 
 def register(architecture: Kind) -> Kind:
