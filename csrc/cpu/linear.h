@@ -40,10 +40,9 @@ INLINE vf gelu(const vf x) {
   return multiply_add(half, error_function(x * 0.70710678f), half);
 }
 
-/* W sums of each of some rows, apart so many vectors, from output on. */
-static __attribute__((noinline)) void finish_some(const struct wkv_linear *const l, const int rows, const int64_t row,
-                                                  const int64_t output, const vf *sums, const int apart,
-                                                  const int64_t n) {
+/* n sums of each of some rows, W at most, apart so many vectors, from output on. */
+INLINE void finish_rows(const struct wkv_linear *const l, const int rows, const int64_t row, const int64_t output,
+                        const vf *sums, const int apart, const int64_t n) {
   const vf bias = l->bias ? load_in_order(WKV_FLOAT32, l->bias + output, n) : (vf){0};
   int64_t residual_row = l->residual ? row % l->residual_rows : 0;
   for (int r = 0; r < rows; r++, sums += apart) {
@@ -55,10 +54,22 @@ static __attribute__((noinline)) void finish_some(const struct wkv_linear *const
   }
 }
 
+/* Apart, so that a whole vector is known to be one: else each of them is a call of memcpy(). */
+static __attribute__((noinline)) void finish_whole(const struct wkv_linear *const l, const int rows, const int64_t row,
+                                                   const int64_t output, const vf *const sums, const int apart) {
+  finish_rows(l, rows, row, output, sums, apart, W);
+}
+
+static __attribute__((noinline)) void finish_some(const struct wkv_linear *const l, const int rows, const int64_t row,
+                                                  const int64_t output, const vf *const sums, const int apart,
+                                                  const int64_t n) {
+  finish_rows(l, rows, row, output, sums, apart, n);
+}
+
 static void finish(const struct wkv_linear *const l, const int rows, const int64_t row, const int64_t output,
                    const vf *const sums, const int apart) {
   const int64_t n = l->outputs - output;
-  if (n >= W) finish_some(l, rows, row, output, sums, apart, W);
+  if (n >= W) finish_whole(l, rows, row, output, sums, apart);
   else if (n > 0) finish_some(l, rows, row, output, sums, apart, n);
 }
 

@@ -182,8 +182,8 @@ class Sequential(Recording):
 
 
 def _seconds(places, begin, end):
-    """Of a recording, from those of a window."""
-    return (round(place / RATE, 2) for place in places(round(begin * RATE), round(end * RATE)))
+    """Of a recording, from those of a window; to hundredths, none of them after its end."""
+    return (place * 100 // RATE / 100 for place in places(round(begin * RATE), round(end * RATE)))
 
 
 def _place(segment, words, cut):
