@@ -18,7 +18,7 @@ VOICED = 0.5  # speech begins at this probability, and ends below SILENT
 LONGEST = int(30 * SECOND)  # of a window
 CLOSES = int(0.3 * SECOND)  # silence that ends a stretch of speech
 LEAST = 3  # of speech; less is a click
-PAD = int(0.3 * SECOND)  # what is around speech is heard with it
+PAD = int(0.5 * SECOND)  # what is around speech is heard with it: with 0.3 s words are lost
 
 Stretch = tuple[int, int]
 
