@@ -24,11 +24,10 @@ import tables
 import torch
 from audio import errors, interval
 from foreign import foreign
-from settings import OURS, unknown
+from settings import OURS, apply, unknown
 from tqdm import tqdm
 
 import whisperkv
-from whisperkv import CrossConfig
 from whisperkv.features import log_mel
 
 FULL = "unpatched"
@@ -101,7 +100,7 @@ def rows(model, processor, speeches, batch, settings, progress):
         progress.set_description(name)
         whisperkv.unpatch(model)
         if patch is not None:
-            whisperkv.patch(model, **{**patch, "cross": CrossConfig(**patch.get("cross", {}))})
+            apply(model, patch)
         texts, tokens, nll = heard(model, processor, speeches, batch, transcripts)
         if patch is None:
             full, transcripts = texts, tokens

@@ -18,11 +18,10 @@ import decoding
 import models
 import tables
 import torch
-from settings import OURS
+from settings import OURS, apply
 from transformers.modeling_outputs import BaseModelOutput
 
 import whisperkv
-from whisperkv import CrossConfig
 from whisperkv.features import log_mel
 
 FULL, SMALLEST = "transformers", 0.03
@@ -106,8 +105,7 @@ def rows(model, processor, batches, beams, settings, seconds):
     for setting in (FULL, *settings):
         whisperkv.unpatch(model)
         if setting != FULL:
-            wanted = OURS[setting]
-            whisperkv.patch(model, **{**wanted, "cross": CrossConfig(**wanted.get("cross", {}))})
+            apply(model, OURS[setting])
         for part, work in parts(model, processor, batches, beams, setting != FULL).items():
             with torch.no_grad():
                 work()

@@ -16,6 +16,13 @@ OURS = {
 }
 
 
+def apply(model, settings):
+    """Patch a model with one of OURS."""
+    from whisperkv import CrossConfig, patch
+
+    return patch(model, **{**settings, "cross": CrossConfig(**settings.get("cross", {}))})
+
+
 def unknown(settings):
     """Why this build's patch() does not take the settings, or None."""
     from whisperkv import CrossConfig, patch

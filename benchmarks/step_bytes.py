@@ -10,11 +10,10 @@ from time import perf_counter
 import models
 import tables
 import torch
-from settings import OURS
+from settings import OURS, apply
 from steps import Decode
 
 import whisperkv
-from whisperkv import CrossConfig
 
 SETTINGS = ("patch(model)", "bfloat16, latent_int8, trim", "int8", "int8, latent_int8, trim")
 BYTES = {"model": 4, "bfloat16": 2, "int8": 1}
@@ -50,8 +49,7 @@ def measured(name, rows, args):
     decodes, times, reads = {}, {}, []
     for setting in args.settings:
         model = models.load(name, args.base)[0] if name in models.REAL else models.random_model(name)
-        wanted = OURS[setting]
-        whisperkv.patch(model, **{**wanted, "cross": CrossConfig(**wanted.get("cross", {}))})
+        apply(model, OURS[setting])
         states = torch.randn(rows, 1500, model.config.d_model)
         with torch.no_grad():
             decodes[setting] = model, Decode(model, states, LENGTH)

@@ -16,6 +16,8 @@ from ..config import CALIBRATED, CrossConfig, EvictionConfig
 from ..ops import TILE
 from ..patching import patch, unpatch
 from ..slots import slots_for
+from ..transcription.audio import RATE
+from .whisper_listening import FRAMES, check_model, is_one, windows_of
 
 BITS = 3  # of a number of the audio's latent, where none are asked for
 NAME = "whisper"
@@ -70,7 +72,6 @@ def is_whisper(model) -> bool:
 def convert(model, processor, given, defaults):
     """(model, processor). `given` are the arguments of convert_to_mla()."""
     from .whisper_calibrate import calibrate
-    from .whisper_listening import check_model
 
     _check(given, defaults)
     if isinstance(getattr(model, "lowrank", None), WhisperLowRank):
@@ -137,10 +138,6 @@ def _load(model, processor, device, dtype):
     return model.eval(), processor
 
 
-def _is_one(audio):
-    return isinstance(audio, (str, PathLike)) or getattr(audio, "ndim", 0) == 1
-
-
 def _is_calibrated(audio):
     return isinstance(audio, (str, PathLike)) and Path(audio).suffix == ".safetensors"
 
@@ -151,7 +148,7 @@ def _recordings(audio, most):
             "calibration must hold recordings for a Whisper: files' names or samples at 16 kHz, some ten minutes of "
             "several speakers like those that will be transcribed; got None"
         )
-    return [audio] if _is_one(audio) else list(islice(audio, most))
+    return [audio] if is_one(audio) else list(islice(audio, most))
 
 
 def _codes_of(model):
@@ -221,10 +218,8 @@ def measured(model, tokens, audios):
 
 def transcripts(model, processor, recordings, max_new_tokens, settings):
     """What the model hears in recordings, each of its windows transcribed alone."""
-    from .whisper_listening import FRAMES, RATE, windows_of
-
     said, seconds = [], model.config.max_source_positions // FRAMES
-    for recording in [recordings] if isinstance(recordings, str) else recordings:
+    for recording in [recordings] if is_one(recordings) else recordings:
         texts = []
         for window in windows_of([recording], seconds):
             features = processor(window, sampling_rate=RATE, return_tensors="pt").input_features

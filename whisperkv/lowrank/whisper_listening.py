@@ -6,13 +6,15 @@ the mean of the values. So a quadratic form for keys and one for values say what
 """
 
 from contextlib import contextmanager
+from os import PathLike
 
 import torch
 
 from ..compat import CACHE, with_new_names
 from ..decoder import FastDecoder
+from ..transcription.audio import RATE, read_audio
 
-RATE, FRAMES = 16_000, 50  # samples and frames of the encoder's output in a second
+FRAMES = 50  # of the encoder's output in a second
 
 
 class Reading:
@@ -122,17 +124,20 @@ def check_model(model):
         raise ValueError("the model is patched: whisperkv.unpatch(model) first, and patch it with the file")
 
 
+def is_one(audio):
+    """Whether it is a recording, not a list of them."""
+    return isinstance(audio, (str, bytes, PathLike)) or getattr(audio, "ndim", 0) == 1
+
+
 def windows_of(audio, seconds):
     """float32 arrays of up to so many seconds each."""
     import numpy
 
-    from ..transcription.audio import read_audio
-
-    if isinstance(audio, (str, bytes)) or (hasattr(audio, "ndim") and audio.ndim == 1):
+    if is_one(audio):
         audio = [audio]
     windows = []
     for number, each in enumerate(audio):
-        samples = read_audio(each) if isinstance(each, str) or hasattr(each, "__fspath__") else each
+        samples = read_audio(each) if isinstance(each, (str, PathLike)) else each
         samples = numpy.asarray(samples, dtype=numpy.float32)
         if samples.ndim != 1 or not len(samples) or not numpy.isfinite(samples).all():
             raise ValueError(f"audio {number} must be mono samples at 16 kHz, all of them numbers, or a file's name")
