@@ -11,6 +11,7 @@ OURS = {
     "bfloat16, latent_int8, trim": {"weights": "bfloat16", "cross": SMALL},
     "int8": {"weights": "int8"},
     "int8, latent_int8": {"weights": "int8", "cross": {"format": "latent_int8"}},
+    "int8, int8, trim": {"weights": "int8", "cross": {**SMALL, "format": "int8"}},
     "int8, latent_int8, trim": {"weights": "int8", "cross": SMALL},
     "int8, latent_int8, trim, merge": {"weights": "int8", "cross": {**SMALL, "merge": 0.5}},
 }
