@@ -39,7 +39,8 @@ def python_of(environment):
 
 
 def random_model(name):
-    """(model, processor). What comes out never ends by itself."""
+    """(model, processor). What comes out are words alone, and never ends by itself: times would have the engines go back
+    in the audio, each in its own way."""
     width, encoder_layers, decoder_layers, heads, mels, vocabulary = RANDOM[name]
     base, processor = models.load("base")
     config = WhisperConfig(
@@ -49,6 +50,8 @@ def random_model(name):
     )  # fmt: skip
     torch.manual_seed(0)
     model = WhisperForConditionalGeneration(config).eval()
+    with torch.no_grad():  # their logits are 0, and among so many words one is always above
+        model.get_input_embeddings().weight[base.generation_config.eos_token_id :] = 0
     model.generation_config = GenerationConfig.from_dict(base.generation_config.to_dict())
     processor.feature_extractor = transformers.WhisperFeatureExtractor(feature_size=mels)
     return model, processor
