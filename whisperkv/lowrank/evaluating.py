@@ -50,7 +50,8 @@ def measure_cache_memory(
     of = getattr(model, "lowrank", None)
     if isinstance(of, whisper_converting.WhisperLowRank):
         full, latent = whisper_converting.memory(model, sequence_length, batch_size)
-        return CacheMemory(full, latent, whisper_converting.measured(model, sequence_length, batch_size) if measure else None)
+        held = whisper_converting.measured(model, sequence_length, batch_size) if measure else None
+        return CacheMemory(full, latent, held)
     layers = of.layers if isinstance(of, record.LowRank) else {}
     kind = architecture_of(model)
     rotary = kind.rotary(model)
