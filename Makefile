@@ -97,17 +97,16 @@ $(ENGINES)/%:
 	-$@-making/bin/python -m pip uninstall -q -y torchvision  # built for another torch, and not needed
 	mv $@-making $@
 
-# What CI checks beside the tests. Of the C, the lines that were changed since a commit (SINCE): older tables are aligned
-# by hand. The formatters' versions stand in constraints.txt, as each formats differently.
+# What CI checks beside the tests. The formatters' versions stand in constraints.txt, as each formats differently.
 LINT := .venv-lint
 LINTERS := ruff mypy clang-format check-manifest numpy
-SINCE ?= HEAD
+FORMATTED := $(shell find csrc tests -name '*.[ch]' -o -name '*.cu' -o -name '*.cpp')
 lint: $(LINT)/.ready
 	$(LINT)/bin/ruff check .
 	$(LINT)/bin/ruff format --check .
 	$(LINT)/bin/mypy
 	$(LINT)/bin/check-manifest
-	$(LINT)/bin/git-clang-format --binary $(LINT)/bin/clang-format --diff --extensions c,h,cu,cpp $(SINCE)
+	$(LINT)/bin/clang-format --dry-run -Werror $(FORMATTED)
 
 $(LINT)/.ready: Makefile $(CONSTRAINTS)
 	$(PYTHON) -m venv $(LINT)

@@ -21,10 +21,11 @@ WKV_PLACE int64_t wkv_place_of_codes(int bits, int64_t channels, int64_t frame, 
 
 /* ---- codes of mixed bits ----
  *
- * Of a tile, the blocks of WKV_CHANNELS channels follow one another, each with 1 to 8 bits a code. A block's codes are cut
- * into planes of 8, 4, 2 or 1 bits, those that its number of bits is the sum of, and the widest comes first: it has the
- * lowest bits of a code, the next one those above. A plane of so many bits is so many pieces of 64 bytes, like those of
- * 8 or 4 bits: frame by frame four bytes, each with the same frame's codes of channels four apart, the first lowest. */
+ * Of a tile, the blocks of WKV_CHANNELS channels follow one another, each with 1 to 8 bits a code. A block's codes are
+ * cut into planes of 8, 4, 2 or 1 bits, those that its number of bits is the sum of, and the widest comes first: it has
+ * the lowest bits of a code, the next one those above. A plane of so many bits is so many pieces of 64 bytes, like
+ * those of 8 or 4 bits: frame by frame four bytes, each with the same frame's codes of channels four apart, the first
+ * lowest. */
 enum { WKV_PIECE = WKV_TILE * 4 };
 
 /* Bytes of a block in a tile. */

@@ -33,7 +33,7 @@ WKV_POLICY wkv_window(struct wkv_token t) { return t.position; }
 /* P(name, reads_attention, reads_key_norm); the order is the number that the ops take. */
 #define WKV_POLICIES(P) \
   P(heavy_hitter, 1, 0) \
-  P(magnitude, 0, 1)    \
+  P(magnitude, 0, 1) \
   P(window, 0, 0)
 
 #endif

@@ -31,18 +31,19 @@ enum wkv_cursor {
  * that row, which may not be one that this call writes. New tokens go to the row itself, whatever the table says, and
  * are read there. The bits are those of slots that were moved.
  *
- * Latents are keys and values in one: heads / kv_heads query heads share those of a KV head, and there are no values. */
+ * Latents are keys and values in one: heads / kv_heads query heads share those of a KV head, and there are no
+ * values. */
 struct wkv_attention {
   int64_t rows, tokens, heads, kv_heads, slots, head_dim;
-  enum wkv_dtype dtype;              /* of query, key, value, keys, values, output */
-  const void *query;                 /* [rows, tokens, heads, head_dim] */
-  const void *key, *value;           /* [rows, tokens, kv_heads, head_dim]; of latents value is NULL */
-  void *keys, *values;               /* [rows, kv_heads, slots, head_dim]; of latents values is NULL */
-  const int32_t *cursor;             /* [WKV_CURSORS, rows] */
-  const int32_t *sources;            /* [rows, slots]: the row that holds each slot; NULL: its own */
-  void *output;                      /* [rows, tokens, heads, head_dim] */
-  float *weights;                    /* [rows, heads, tokens, slots], dead slots 0; NULL if not wanted */
-  float scale;                       /* of the query, applied in float32 */
+  enum wkv_dtype dtype;    /* of query, key, value, keys, values, output */
+  const void *query;       /* [rows, tokens, heads, head_dim] */
+  const void *key, *value; /* [rows, tokens, kv_heads, head_dim]; of latents value is NULL */
+  void *keys, *values;     /* [rows, kv_heads, slots, head_dim]; of latents values is NULL */
+  const int32_t *cursor;   /* [WKV_CURSORS, rows] */
+  const int32_t *sources;  /* [rows, slots]: the row that holds each slot; NULL: its own */
+  void *output;            /* [rows, tokens, heads, head_dim] */
+  float *weights;          /* [rows, heads, tokens, slots], dead slots 0; NULL if not wanted */
+  float scale;             /* of the query, applied in float32 */
 };
 
 /* The cache moves on by the tokens that compact_attention has just written.
@@ -54,14 +55,14 @@ struct wkv_attention {
  * must fit the budget: live + tokens <= budget. */
 struct wkv_eviction {
   int64_t rows, tokens, heads, slots, head_dim;
-  enum wkv_dtype dtype;       /* of keys */
-  const float *weights;       /* [rows, heads, tokens, slots] */
-  const void *keys;           /* [rows, heads, slots, head_dim] */
-  int32_t *cursor;            /* [WKV_CURSORS, rows] */
-  int32_t *positions;         /* [rows, slots]; of live slots only */
-  float *scores;              /* [rows, slots]; of live slots only */
-  int policy;                 /* number in WKV_POLICIES */
-  int64_t budget, recent;     /* slots in use at most; newest tokens that are safe, the next one included */
+  enum wkv_dtype dtype;   /* of keys */
+  const float *weights;   /* [rows, heads, tokens, slots] */
+  const void *keys;       /* [rows, heads, slots, head_dim] */
+  int32_t *cursor;        /* [WKV_CURSORS, rows] */
+  int32_t *positions;     /* [rows, slots]; of live slots only */
+  float *scores;          /* [rows, slots]; of live slots only */
+  int policy;             /* number in WKV_POLICIES */
+  int64_t budget, recent; /* slots in use at most; newest tokens that are safe, the next one included */
   float decay;
 };
 
@@ -72,10 +73,10 @@ static inline int64_t wkv_round_up(int64_t n, int64_t unit) { return wkv_count_o
 /* ---- cross-attention: one cache for each audio, however many rows decode it ---- */
 
 enum {
-  WKV_TILE = 16,      /* frames that stand side by side in a packed cache */
-  WKV_CHANNELS = 32,  /* packed channels are padded to a multiple of this */
-  WKV_BLOCK = 256,    /* frames that are worked on at a time; a group divides it or is a multiple of it */
-  WKV_TOGETHER = 32,  /* queries of one audio and head that one work item takes */
+  WKV_TILE = 16,         /* frames that stand side by side in a packed cache */
+  WKV_CHANNELS = 32,     /* packed channels are padded to a multiple of this */
+  WKV_BLOCK = 256,       /* frames that are worked on at a time; a group divides it or is a multiple of it */
+  WKV_TOGETHER = 32,     /* queries of one audio and head that one work item takes */
   WKV_ITEMS_WANTED = 32, /* enough to keep many threads busy: fewer are split over the frames */
   /* Packed channels of a head at most. A query's codes, within 127, times a frame's less their middle, within 128, are
    * added up in 32 bits. */
@@ -107,31 +108,31 @@ struct wkv_together {
 /* Every token of every row attends over all frames of its audio. Keys and values may be the same memory. */
 struct wkv_cross_attention {
   int64_t rows, tokens, heads, head_dim, audios, frames;
-  enum wkv_dtype dtype;         /* of query, output, and of a cache that is not packed */
-  int bits;                     /* 8 or 4 of a packed cache, or WKV_MIXED, else 0 */
-  int64_t group;                /* of a packed cache */
-  const void *query;            /* [rows, tokens, heads, head_dim] */
-  const void *keys, *values;    /* [audios, heads, frames, head_dim], or codes */
+  enum wkv_dtype dtype;                   /* of query, output, and of a cache that is not packed */
+  int bits;                               /* 8 or 4 of a packed cache, or WKV_MIXED, else 0 */
+  int64_t group;                          /* of a packed cache */
+  const void *query;                      /* [rows, tokens, heads, head_dim] */
+  const void *keys, *values;              /* [audios, heads, frames, head_dim], or codes */
   const float *key_scales, *value_scales; /* of a packed cache; of mixed bits keys and values are the same memory, and
                                              the latter are [channels]: the bits of each */
-  int64_t tile_bytes;           /* of mixed bits: from one tile of a head to the next */
-  const int32_t *owner;         /* [rows]: the audio of each row */
-  const int32_t *lengths;       /* [audios]: frames in use, 1 or more */
-  const float *bias;            /* [audios, frames]: added to the logits, log n where a frame stands for n; or NULL */
-  void *output;                 /* [rows, tokens, heads, head_dim] */
-  float *weights;               /* [rows, heads, tokens, frames], 0 from lengths on; NULL if not wanted */
-  float scale;                  /* of the query, which in bfloat16 may be rounded again */
+  int64_t tile_bytes;                     /* of mixed bits: from one tile of a head to the next */
+  const int32_t *owner;                   /* [rows]: the audio of each row */
+  const int32_t *lengths;                 /* [audios]: frames in use, 1 or more */
+  const float *bias; /* [audios, frames]: added to the logits, log n where a frame stands for n; or NULL */
+  void *output;      /* [rows, tokens, heads, head_dim] */
+  float *weights;    /* [rows, heads, tokens, frames], 0 from lengths on; NULL if not wanted */
+  float scale;       /* of the query, which in bfloat16 may be rounded again */
 
   /* Made by the plan of the device, but for the memory. It depends on the sizes (on the CPU on the owners too) and
    * never on the number of threads, and so do the bits. */
-  int64_t parts, splits;        /* an item is one part and head over one of `splits` ranges of frames */
-  struct wkv_together *part;    /* [rows * tokens] at most; of the CPU */
-  float *sums;                  /* [splits, rows * tokens, heads, channels]; NULL in CUDA if nothing is split */
-  float *totals;                /* [splits, rows * tokens, heads, 2]: where exponentials are counted from, their sum */
+  int64_t parts, splits;     /* an item is one part and head over one of `splits` ranges of frames */
+  struct wkv_together *part; /* [rows * tokens] at most; of the CPU */
+  float *sums;               /* [splits, rows * tokens, heads, channels]; NULL in CUDA if nothing is split */
+  float *totals;             /* [splits, rows * tokens, heads, 2]: where exponentials are counted from, their sum */
 
   /* Of CUDA: with counters the block that is the last to reach its own adds up the ranges, without them a kernel that
    * comes after. The bits are the same. */
-  uint32_t *counters;           /* [audios, heads, lots]: 0 before the call and after it; or NULL */
+  uint32_t *counters; /* [audios, heads, lots]: 0 before the call and after it; or NULL */
   int64_t lots;
 };
 
@@ -141,19 +142,19 @@ struct wkv_cross_attention {
 enum wkv_format { WKV_AS_FLOAT32, WKV_AS_BFLOAT16, WKV_AS_INT8, WKV_AS_FINE_INT8, WKV_FORMATS };
 
 enum {
-  WKV_PANEL = 32,  /* outputs that stand side by side in a packed matrix */
-  WKV_SWATH = 192, /* rows of x that one work item takes */
+  WKV_PANEL = 32,                           /* outputs that stand side by side in a packed matrix */
+  WKV_SWATH = 192,                          /* rows of x that one work item takes */
   WKV_MOST_INPUTS = INT32_MAX / (255 * 128) /* whose codes' products are added up in 32 bits */
 };
 
-/* Numbers of 8 bits are codes times a step, and the largest of a row takes the codes of all others. Fine ones: four inputs
- * that hold such, a unit, are entered again, as often as it helps most, and share its code. A row of x enters some units
- * of its own again, a panel of a matrix some of its. */
+/* Numbers of 8 bits are codes times a step, and the largest of a row takes the codes of all others. Fine ones: four
+ * inputs that hold such, a unit, are entered again, as often as it helps most, and share its code. A row of x enters
+ * some units of its own again, a panel of a matrix some of its. */
 enum { WKV_REPEATS = 4 };
 
-/* A packed matrix: [panels, words of a panel], in the order in which it is read: memory is foreseen only so. Words of 32
- * bits, for each unit those of 32 outputs: one float32, two bfloat16, or four codes of 8 bits plus 128. Of the latter
- * then come the 32 steps, and of fine ones before these
+/* A packed matrix: [panels, words of a panel], in the order in which it is read: memory is foreseen only so. Words of
+ * 32 bits, for each unit those of 32 outputs: one float32, two bfloat16, or four codes of 8 bits plus 128. Of the
+ * latter then come the 32 steps, and of fine ones before these
  *   [32]               which units are entered again, the first WKV_REPEATS words
  *   [WKV_REPEATS, 32]  their codes, signed */
 static inline int wkv_is_int8(const enum wkv_format format) { return format >= WKV_AS_INT8; }
@@ -167,9 +168,9 @@ static inline int64_t wkv_panel_words(const enum wkv_format format, const int64_
 
 struct wkv_matrix_packing {
   int64_t outputs, inputs;
-  enum wkv_dtype dtype;   /* of weight */
+  enum wkv_dtype dtype; /* of weight */
   enum wkv_format format;
-  const void *weight;     /* [outputs, inputs] */
+  const void *weight; /* [outputs, inputs] */
   uint32_t *panels;
 };
 
@@ -177,14 +178,14 @@ struct wkv_matrix_packing {
 struct wkv_rows {
   int64_t rows, inputs;
   enum wkv_format format;
-  const float *x;                    /* [rows, inputs] */
-  int64_t stride;                    /* numbers from one row of x to the next */
+  const float *x;                       /* [rows, inputs] */
+  int64_t stride;                       /* numbers from one row of x to the next */
   const float *norm_weight, *norm_bias; /* [inputs]; NULL: no layer norm */
   float epsilon;
-  uint32_t *ready;                   /* [rows, ready_stride] words; of fine int8 [WKV_REPEATS] codes of the units that
-                                        are entered again come after the row, and which these are */
+  uint32_t *ready; /* [rows, ready_stride] words; of fine int8 [WKV_REPEATS] codes of the units that
+                      are entered again come after the row, and which these are */
   int64_t ready_stride;
-  struct wkv_step *steps;            /* [rows]; of int8 */
+  struct wkv_step *steps; /* [rows]; of int8 */
 };
 struct wkv_step {
   float step;     /* number = step * code */
@@ -202,16 +203,16 @@ enum wkv_activation { WKV_NO_ACTIVATION, WKV_GELU, WKV_ACTIVATIONS };
 struct wkv_linear {
   int64_t rows, inputs, outputs;
   enum wkv_format format;
-  const uint32_t *ready;          /* [rows, ready_stride], and of int8 the steps: from wkv_rows */
+  const uint32_t *ready; /* [rows, ready_stride], and of int8 the steps: from wkv_rows */
   int64_t ready_stride;
   const struct wkv_step *steps;
-  const void *weight;             /* float32 [outputs, inputs] as the model has it, or panels */
+  const void *weight; /* float32 [outputs, inputs] as the model has it, or panels */
   int is_packed;
-  const float *bias;              /* [outputs], or NULL */
+  const float *bias; /* [outputs], or NULL */
   enum wkv_activation activation;
-  const float *residual;          /* [residual_rows, outputs], again and again, or NULL; may be output itself */
+  const float *residual; /* [residual_rows, outputs], again and again, or NULL; may be output itself */
   int64_t residual_rows;
-  float *output;                  /* [rows, output_stride] */
+  float *output; /* [rows, output_stride] */
   int64_t output_stride;
 };
 
@@ -251,8 +252,8 @@ struct wkv_encoder_attention {
 };
 
 enum {
-  WKV_QUERIES = 48,     /* frames that one work item attends from */
-  WKV_PACKED_HEADS = 8, /* heads that are packed at a time, so that they stay in a cache */
+  WKV_QUERIES = 48,         /* frames that one work item attends from */
+  WKV_PACKED_HEADS = 8,     /* heads that are packed at a time, so that they stay in a cache */
   WKV_MOST_SUMMED = 1 << 16 /* frames, and channels of a head: so many products of bytes are added up in 32 bits */
 };
 
@@ -289,15 +290,15 @@ struct wkv_ragged_attention {
   void *output;                    /* [rows, queries, heads, head_dim] */
   float scale;
 
-  /* Made by the plan of the device, but for the memory. The slots of a KV head are worked on in ranges. On the CPU their
-   * length depends on the number of queries alone, and the queries of a group are numbered query * group + head. CUDA
-   * cuts what a query sees of each head into `ranges`; its sums are [ranges, rows, queries, heads, head_dim]. */
-  int64_t range;                   /* slots */
-  int64_t ranges;                  /* of all KV heads */
-  int64_t *first;                  /* [rows * kv_heads + 1]: the first range of each KV head */
-  int64_t *owner;                  /* [ranges]: the KV head of each, row * kv_heads + head */
-  float *sums;                     /* [ranges, queries of a group, channels] */
-  float *totals;                   /* [ranges, queries of a group, 2]: where exponentials are counted from, their sum */
+  /* Made by the plan of the device, but for the memory. The slots of a KV head are worked on in ranges. On the CPU
+   * their length depends on the number of queries alone, and the queries of a group are numbered query * group + head.
+   * CUDA cuts what a query sees of each head into `ranges`; its sums are [ranges, rows, queries, heads, head_dim]. */
+  int64_t range;  /* slots */
+  int64_t ranges; /* of all KV heads */
+  int64_t *first; /* [rows * kv_heads + 1]: the first range of each KV head */
+  int64_t *owner; /* [ranges]: the KV head of each, row * kv_heads + head */
+  float *sums;    /* [ranges, queries of a group, channels] */
+  float *totals;  /* [ranges, queries of a group, 2]: where exponentials are counted from, their sum */
 };
 
 /* How much attention keys receive: the weights of a softmax, summed over some queries and the heads of a group. Query j
@@ -305,20 +306,20 @@ struct wkv_ragged_attention {
 struct wkv_received {
   int64_t rows, heads, kv_heads, queries, tokens, head_dim;
   enum wkv_dtype dtype;
-  struct wkv_view query;      /* [rows, heads, queries, head_dim] */
-  const int32_t *positions;   /* [queries] */
-  struct wkv_view keys;       /* [rows, kv_heads, tokens, head_dim] */
-  const uint8_t *visible;     /* [rows, tokens], each row by itself: 0: hidden */
-  int64_t visible_row;        /* from one to the next */
-  float *received;            /* [rows, kv_heads, tokens] */
+  struct wkv_view query;    /* [rows, heads, queries, head_dim] */
+  const int32_t *positions; /* [queries] */
+  struct wkv_view keys;     /* [rows, kv_heads, tokens, head_dim] */
+  const uint8_t *visible;   /* [rows, tokens], each row by itself: 0: hidden */
+  int64_t visible_row;      /* from one to the next */
+  float *received;          /* [rows, kv_heads, tokens] */
   float scale;
 
   /* The keys of some KV heads are packed at a time, and the queries of a group, numbered query * group + head, are
    * worked on in lots. */
-  int64_t first_head;         /* row * kv_heads + head */
-  uint32_t *packed;           /* wkv_received_packed() numbers for each of them, at a multiple of 64 bytes */
-  float *sums;                /* [heads, lots, wkv_received_tokens()]: of each lot. Of CUDA: [rows, kv_heads, queries
-                                 of a group, 2]: where exponentials are counted from, their sum */
+  int64_t first_head; /* row * kv_heads + head */
+  uint32_t *packed;   /* wkv_received_packed() numbers for each of them, at a multiple of 64 bytes */
+  float *sums;        /* [heads, lots, wkv_received_tokens()]: of each lot. Of CUDA: [rows, kv_heads, queries
+                         of a group, 2]: where exponentials are counted from, their sum */
 };
 
 enum {
@@ -440,7 +441,7 @@ const char *wkv_check_mixed(const float *bits, int64_t channels, int64_t tile_by
   KERNEL(choose, (const struct wkv_choice *, int64_t begin, int64_t end)) \
   KERNEL(choose_finish, (const struct wkv_choice *, int64_t begin, int64_t end))
 
-#define WKV_KERNEL_FIELD(name, arguments) void (*name) arguments;
+#define WKV_KERNEL_FIELD(name, arguments) void(*name) arguments;
 struct wkv_cpu_kernels {
   const char *isa;
   WKV_CPU_KERNELS(WKV_KERNEL_FIELD)
@@ -451,8 +452,8 @@ struct wkv_cpu_kernels {
  * "" means the best. */
 const struct wkv_cpu_kernels *wkv_cpu_select(const char *isa, char *error, size_t error_size);
 
-/* NULL if the cursor is sound for this call, else what is wrong, written to error. CPU pointers only. Another thread may
- * still write it, so the kernels check it where they read it: a row whose own is not sound gets zeros. */
+/* NULL if the cursor is sound for this call, else what is wrong, written to error. CPU pointers only. Another thread
+ * may still write it, so the kernels check it where they read it: a row whose own is not sound gets zeros. */
 const char *wkv_check_cursor(const int32_t *cursor, int64_t rows, int64_t tokens, int64_t slots, char *error,
                              size_t error_size);
 

@@ -29,12 +29,12 @@ static PyObject *probe(PyObject *const module, PyObject *const nothing) {
   return PyUnicode_FromString(wrong ? wrong : "");
 }
 
-static PyMethodDef methods[] = {{"register", register_kernels, METH_VARARGS,
-                                 "register(path of libtorch_cpu, path of libtorch_cuda): the ops of "
-                                 "torch.ops.whisperkv work on CUDA tensors from then on."},
-                                {"probe", probe, METH_NOARGS,
-                                 "probe(): \"\" if the kernels run on the current device, else what CUDA says."},
-                                {NULL, NULL, 0, NULL}};
+static PyMethodDef methods[] = {
+    {"register", register_kernels, METH_VARARGS,
+     "register(path of libtorch_cpu, path of libtorch_cuda): the ops of "
+     "torch.ops.whisperkv work on CUDA tensors from then on."},
+    {"probe", probe, METH_NOARGS, "probe(): \"\" if the kernels run on the current device, else what CUDA says."},
+    {NULL, NULL, 0, NULL}};
 static PyModuleDef_Slot slots[] = {{0, NULL}};
 static struct PyModuleDef definition = {.m_base = PyModuleDef_HEAD_INIT,
                                         .m_name = "whisperkv._cuda",

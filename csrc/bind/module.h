@@ -16,8 +16,9 @@ static inline bool add(PyObject *const module, const char *const name, PyObject 
 static inline bool add_constants(PyObject *const module, const char *const isa) {
   PyObject *const all = PyTuple_New(POLICIES);
   for (int i = 0; all && i < POLICIES; i++)
-    PyTuple_SetItem(all, i, Py_BuildValue("(sNN)", policies[i].name, PyBool_FromLong(policies[i].reads_attention),
-                                          PyBool_FromLong(policies[i].reads_key_norm)));
+    PyTuple_SetItem(all, i,
+                    Py_BuildValue("(sNN)", policies[i].name, PyBool_FromLong(policies[i].reads_attention),
+                                  PyBool_FromLong(policies[i].reads_key_norm)));
   return add(module, "ISA", PyUnicode_FromString(isa)) && add(module, "POLICIES", all);
 }
 

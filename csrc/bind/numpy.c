@@ -13,7 +13,7 @@
 #include "memory.h"
 
 enum {
-  ANY = -1, /* a size that is not known before the array is seen */
+  ANY = -1,    /* a size that is not known before the array is seen */
   STORAGE = -1 /* any dtype that a cache may have */
 };
 
@@ -50,8 +50,10 @@ static bool has_shape(PyArrayObject *const array, struct expected *const want) {
 }
 
 static const char *type_name(const int type) {
-  return type == NPY_FLOAT32 ? "float32" : type == NPY_FLOAT16 ? "float16" : type == NPY_INT32 ? "int32"
-                                                                                              : "float32 or float16";
+  return type == NPY_FLOAT32   ? "float32"
+         : type == NPY_FLOAT16 ? "float16"
+         : type == NPY_INT32   ? "int32"
+                               : "float32 or float16";
 }
 
 /* The data of an array argument, or NULL with an exception that names the argument. */
@@ -185,8 +187,8 @@ static PyObject *score_evict(PyObject *const module, PyObject *const args, PyObj
   static char *names[] = {"weights", "keys",   "cursor", "positions", "scores",
                           "policy",  "budget", "recent", "decay",     NULL};
   PyObject *weights, *keys, *cursor, *positions, *scores, *policy, *budget, *recent, *decay;
-  if (!PyArg_ParseTupleAndKeywords(args, keywords, "OOOOOOOOO:score_evict", names, &weights, &keys, &cursor,
-                                   &positions, &scores, &policy, &budget, &recent, &decay))
+  if (!PyArg_ParseTupleAndKeywords(args, keywords, "OOOOOOOOO:score_evict", names, &weights, &keys, &cursor, &positions,
+                                   &scores, &policy, &budget, &recent, &decay))
     return NULL;
 
   struct wkv_eviction e = {0};
@@ -205,8 +207,7 @@ static PyObject *score_evict(PyObject *const module, PyObject *const args, PyObj
   struct expected integers = {2, {e.rows, e.slots}, NPY_INT32, NPY_ARRAY_CARRAY};
   struct expected floats = {2, {e.rows, e.slots}, NPY_FLOAT32, NPY_ARRAY_CARRAY};
   if (!(e.keys = data_of("keys", keys, &cache)) || !(e.cursor = data_of("cursor", cursor, &places)) ||
-      !(e.positions = data_of("positions", positions, &integers)) ||
-      !(e.scores = data_of("scores", scores, &floats)))
+      !(e.positions = data_of("positions", positions, &integers)) || !(e.scores = data_of("scores", scores, &floats)))
     return NULL;
   e.head_dim = cache.shape[3];
   e.dtype = cache.type == NPY_FLOAT32 ? WKV_FLOAT32 : WKV_FLOAT16;
@@ -254,10 +255,13 @@ static int start(PyObject *const module) {
 }
 
 static PyModuleDef_Slot module_slots[] = {{Py_mod_exec, (void *)start}, {0, NULL}};
-static struct PyModuleDef definition = {PyModuleDef_HEAD_INIT,
-                                        "whisperkv._numpy",
-                                        "The CPU kernels on NumPy arrays. POLICIES lists (name, reads attention, reads "
-                                        "key norm) by number; ISA is the instruction set in use.",
-                                        0, methods, module_slots, NULL, NULL, NULL};
+static struct PyModuleDef definition = {
+    .m_base = PyModuleDef_HEAD_INIT,
+    .m_name = "whisperkv._numpy",
+    .m_doc =
+        "The CPU kernels on NumPy arrays. POLICIES lists (name, reads attention, reads key norm) by number; ISA is "
+        "the instruction set in use.",
+    .m_methods = methods,
+    .m_slots = module_slots};
 
 PyMODINIT_FUNC PyInit__numpy(void) { return PyModuleDef_Init(&definition); }

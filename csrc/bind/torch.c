@@ -36,8 +36,9 @@ static PyModuleDef_Slot slots[] = {{Py_mod_exec, (void *)start}, {0, NULL}};
 static struct PyModuleDef definition = {
     .m_base = PyModuleDef_HEAD_INIT,
     .m_name = "whisperkv._torch",
-    .m_doc = "The torch ops. POLICIES lists (name, reads attention, reads key norm) by number; ISA is the instruction "
-             "set in use.",
+    .m_doc =
+        "The torch ops. POLICIES lists (name, reads attention, reads key norm) by number; ISA is the instruction "
+        "set in use.",
     .m_methods = methods,
     .m_slots = slots};
 

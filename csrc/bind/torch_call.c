@@ -11,11 +11,8 @@
 #define TEXT(name) #name,
 static const char *const dtype_names[] = {TORCH_DTYPES(TEXT) "another dtype"};
 static const char *const device_names[] = {TORCH_DEVICES(TEXT) "another device"};
-static const char *const size_names[SIZES] = {"rows",   "tokens", "heads", "slots",    "dim",    "cursors", "audios",
-                                              "frames", "tiles",  "strip", "channels", "groups", "2", "tile bytes", "counters",
-                                              "inputs", "outputs", "panels", "words", "other rows", "head",
-                                              "audio heads", "beams", "vocabulary", "kv_heads", "most", "queries",
-                                              "rank"};
+#define SIZE_TEXT(size, name) name,
+static const char *const size_names[SIZES] = {SIZE_NAMES(SIZE_TEXT)};
 
 bool fail(struct call *const call, const char *const format, ...) {
   va_list values;
@@ -87,9 +84,9 @@ bool accept(struct call *const call, const int i, const struct argument *const w
   int64_t dim, *sizes;
   bool contiguous;
   if (shim.aoti_torch_get_dtype(tensor, &dtype_number) || shim.aoti_torch_get_device_type(tensor, &device_number) ||
-      shim.aoti_torch_get_device_index(tensor, &device_index) ||
-      shim.aoti_torch_get_dim(tensor, &dim) || shim.aoti_torch_get_sizes(tensor, &sizes) ||
-      shim.aoti_torch_is_contiguous(tensor, &contiguous) || shim.aoti_torch_get_data_ptr(tensor, &call->data[i]))
+      shim.aoti_torch_get_device_index(tensor, &device_index) || shim.aoti_torch_get_dim(tensor, &dim) ||
+      shim.aoti_torch_get_sizes(tensor, &sizes) || shim.aoti_torch_is_contiguous(tensor, &contiguous) ||
+      shim.aoti_torch_get_data_ptr(tensor, &call->data[i]))
     return fail(call, "%s must be an ordinary tensor that has memory", want->name);
 
   const int device = index_of(device_number, shim.devices, TORCH_DEVICE_COUNT);
@@ -149,8 +146,7 @@ bool accept_rows(struct call *const call, const int i, const struct argument *co
   return true;
 }
 
-bool accept_view(struct call *const call, const int i, const struct argument *const want,
-                 struct wkv_view *const view) {
+bool accept_view(struct call *const call, const int i, const struct argument *const want, struct wkv_view *const view) {
   int64_t steps[MAX_DIM];
   if (!accept_strided(call, i, want, steps)) return false;
   *view = (struct wkv_view){call->data[i], .row = steps[0], .head = steps[1], .token = steps[2]};
@@ -161,8 +157,8 @@ bool are_apart(struct call *const call, const struct argument *const arguments, 
                const unsigned written) {
   for (int i = 0; i < count; i++)
     for (int j = 0; written >> i & 1 && j < count; j++)
-      if (i != j && overlap((struct memory){call->data[i], call->bytes[i]},
-                            (struct memory){call->data[j], call->bytes[j]}))
+      if (i != j &&
+          overlap((struct memory){call->data[i], call->bytes[i]}, (struct memory){call->data[j], call->bytes[j]}))
         return fail(call, "%s must have memory of its own, as it is written to, and shares some with %s",
                     arguments[i].name, arguments[j].name);
   return true;
@@ -231,7 +227,7 @@ void *borrow(struct call *const call, const int64_t floats) {
 }
 
 bool is_within(struct call *const call, const char *const name, const int64_t number, const int64_t least,
-                      const int64_t most) {
+               const int64_t most) {
   return (least <= number && number <= most) ||
          fail(call, "%s must be in %lld..%lld, got %lld", name, (long long)least, (long long)most, (long long)number);
 }

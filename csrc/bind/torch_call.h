@@ -7,11 +7,38 @@
 #include "memory.h"
 #include "torch_shim.h"
 
-enum size {
-  ROWS, TOKENS, HEADS, SLOTS, DIM, CURSORS, AUDIOS, FRAMES, TILES, STRIP, CHANNELS, GROUPS, PAIR, TILE_BYTES,
-  COUNTED, INPUTS, OUTPUTS, PANELS, WORDS, OTHER_ROWS, HEAD, AUDIO_HEADS, BEAMS, VOCABULARY, KV_HEADS, MOST,
-  QUERIES, RANK, SIZES
-};
+/* The sides of tensors that must be the same in a call, or be as the call says, and how messages name them. */
+#define SIZE_NAMES(S) \
+  S(ROWS, "rows") \
+  S(TOKENS, "tokens") \
+  S(HEADS, "heads") \
+  S(SLOTS, "slots") \
+  S(DIM, "dim") \
+  S(CURSORS, "cursors") \
+  S(AUDIOS, "audios") \
+  S(FRAMES, "frames") \
+  S(TILES, "tiles") \
+  S(STRIP, "strip") \
+  S(CHANNELS, "channels") \
+  S(GROUPS, "groups") \
+  S(PAIR, "2") \
+  S(TILE_BYTES, "tile bytes") \
+  S(COUNTED, "counters") \
+  S(INPUTS, "inputs") \
+  S(OUTPUTS, "outputs") \
+  S(PANELS, "panels") \
+  S(WORDS, "words") \
+  S(OTHER_ROWS, "other rows") \
+  S(HEAD, "head") \
+  S(AUDIO_HEADS, "audio heads") \
+  S(BEAMS, "beams") \
+  S(VOCABULARY, "vocabulary") \
+  S(KV_HEADS, "kv_heads") \
+  S(MOST, "most") \
+  S(QUERIES, "queries") \
+  S(RANK, "rank")
+#define SIZE(size, name) size,
+enum size { SIZE_NAMES(SIZE) SIZES };
 
 enum { UNKNOWN = -1, CACHE = TORCH_DTYPE_COUNT };
 enum { MAX_DIM = 5, MAX_LISTS = 3, MAX_RESULTS = 2, MAX_BORROWED = 3, ERROR_SIZE = 512 };
@@ -27,11 +54,11 @@ struct argument {
 struct call {
   AtenTensorHandle *tensors, results[MAX_RESULTS], borrowed[MAX_BORROWED];
   void **data;
-  size_t *bytes; /* 0 of those that are not read */
+  size_t *bytes;                          /* 0 of those that are not read */
   int first[MAX_LISTS], count[MAX_LISTS]; /* of each list: which tensors are in it */
   int64_t sizes[SIZES];
   int cache_dtype, device_index; /* UNKNOWN, until a tensor says */
-  CUDAGuardHandle guard; /* while a kernel is launched */
+  CUDAGuardHandle guard;         /* while a kernel is launched */
   char error[ERROR_SIZE];
 };
 
@@ -70,9 +97,7 @@ bool new_result(struct call *, int i, int dim, const int64_t *sizes, int dtype, 
 void *borrow(struct call *, int64_t floats);
 
 /* Of a head in a packed cache, and in the sums of its ranges of frames. */
-static inline int64_t padded_channels(const int64_t head_dim) {
-  return wkv_round_up(head_dim, WKV_CHANNELS);
-}
+static inline int64_t padded_channels(const int64_t head_dim) { return wkv_round_up(head_dim, WKV_CHANNELS); }
 
 bool as_bool(StableIValue);
 double as_double(StableIValue);

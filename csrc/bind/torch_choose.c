@@ -34,5 +34,9 @@ static bool choose_tokens(struct call *const call, const StableIValue *const num
 }
 
 const struct torch_op choose_tokens_op = {
-    "choose_tokens", "choose_tokens(Tensor scores, Tensor added, int count) -> (Tensor, Tensor)", choose_tokens,
-    CHOICE_TENSORS, 2, 0};
+    .name = "choose_tokens",
+    .schema = "choose_tokens(Tensor scores, Tensor added, int count) -> (Tensor, Tensor)",
+    .run = choose_tokens,
+    .tensors = CHOICE_TENSORS,
+    .results = 2,
+};

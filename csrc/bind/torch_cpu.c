@@ -20,8 +20,8 @@ const char *device_start(char *const error, const size_t error_size) {
 
 enum { WORTH_A_THREAD = 1 << 17 }; /* numbers of the cache to read, below which waking a thread costs more */
 
-bool share_out(struct call *const call, const int64_t items, const double numbers_per_item,
-               const torch_range_task task, void *const context) {
+bool share_out(struct call *const call, const int64_t items, const double numbers_per_item, const torch_range_task task,
+               void *const context) {
   const int64_t items_per_thread = 1 + (int64_t)(WORTH_A_THREAD / numbers_per_item);
   if (items <= items_per_thread) return task(0, items, context), true;
   return !shim.torch_parallel_for(0, items, items_per_thread, task, context) ||
@@ -235,7 +235,11 @@ bool device_linear(struct call *const call, const struct wkv_rows *const rows, c
   }
   if (packs_first) {
     const struct wkv_matrix_packing packing = {
-        .outputs = l.outputs, .inputs = l.inputs, .dtype = WKV_FLOAT32, .format = l.format, .weight = l.weight,
+        .outputs = l.outputs,
+        .inputs = l.inputs,
+        .dtype = WKV_FLOAT32,
+        .format = l.format,
+        .weight = l.weight,
         .panels = borrow(call, wkv_count_of(l.outputs, WKV_PANEL) * wkv_panel_words(l.format, l.inputs))};
     if (!packing.panels) return fail(call, "no memory for a packed matrix");
     if (!device_pack_matrix(call, &packing)) return false;

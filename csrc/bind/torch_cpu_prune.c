@@ -139,9 +139,9 @@ bool device_receive(struct call *const call, struct wkv_received *const r) {
   if (r->rows == 0) return true;
   int32_t *const positions = copy_of(call, r->positions, r->queries);
   r->positions = positions;
-  const bool done =
-      positions && !wkv_check_positions(positions, r->queries, r->tokens, call->error, sizeof call->error) &&
-      receive_sound(call, r);
+  const bool done = positions &&
+                    !wkv_check_positions(positions, r->queries, r->tokens, call->error, sizeof call->error) &&
+                    receive_sound(call, r);
   free(positions);
   return done;
 }

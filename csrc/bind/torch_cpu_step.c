@@ -14,7 +14,7 @@ struct room {
   float *weights;                      /* [rows, heads, slots]: of the policies that read them */
   uint32_t *ready;                     /* of rows, or of the rows of every head */
   struct wkv_step *steps;
-  struct wkv_linear *by_head;          /* [heads] */
+  struct wkv_linear *by_head; /* [heads] */
 };
 
 /* ---- products ---- */
@@ -223,9 +223,14 @@ static bool think(struct call *const call, const struct step *const s, const str
 }
 
 static bool norm_last(struct call *const call, const struct step *const s, float *const x) {
-  struct wkv_rows rows = {
-      .rows = s->rows, .inputs = s->width, .format = WKV_AS_FLOAT32, .x = x, .stride = s->width, .epsilon = s->epsilon,
-      .ready = (uint32_t *)s->output, .ready_stride = s->width};
+  struct wkv_rows rows = {.rows = s->rows,
+                          .inputs = s->width,
+                          .format = WKV_AS_FLOAT32,
+                          .x = x,
+                          .stride = s->width,
+                          .epsilon = s->epsilon,
+                          .ready = (uint32_t *)s->output,
+                          .ready_stride = s->width};
   return ready(call, &rows, s->last);
 }
 
@@ -262,8 +267,9 @@ static int64_t furnish(const struct step *const s, char *const block, struct roo
   room->folded = piece(block, &bytes, by_head * s->width);
   room->heard = piece(block, &bytes, by_head * s->width);
   room->weights = piece(block, &bytes, s->policy < 0 ? 0 : rows * s->heads * s->slots);
-  room->ready = (uint32_t *)piece(block, &bytes, larger_of(rows * wkv_ready_stride(s->format, widest),
-                                                           by_head * wkv_ready_stride(s->format, s->width)));
+  room->ready = (uint32_t *)piece(
+      block, &bytes,
+      larger_of(rows * wkv_ready_stride(s->format, widest), by_head * wkv_ready_stride(s->format, s->width)));
   room->steps = (struct wkv_step *)piece(block, &bytes, 2 * larger_of(rows, by_head));
   room->by_head = (struct wkv_linear *)piece(block, &bytes, s->heads * (int64_t)sizeof *room->by_head / 4);
   if (s->policy < 0) room->weights = NULL;

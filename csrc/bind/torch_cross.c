@@ -45,11 +45,13 @@ static bool pack_frames(struct call *const call, const StableIValue *const numbe
 
 enum { QUERY, KEYS, VALUES, KEY_SCALES, VALUE_SCALES, OWNER, LENGTHS, BIAS, COUNTERS, CROSS_TENSORS };
 
+/* clang-format off */
 #define QUERY_ARGUMENT {"query", CACHE, 4, {ROWS, TOKENS, HEADS, DIM}}
 #define OWNER_ARGUMENT {"owner", TORCH_DTYPE_int32, 1, {ROWS}}
 #define LENGTHS_ARGUMENT {"lengths", TORCH_DTYPE_int32, 1, {AUDIOS}}
 #define BIAS_ARGUMENT {"bias", TORCH_DTYPE_float32, 2, {AUDIOS, FRAMES}}
 #define COUNTERS_ARGUMENT {"counters", TORCH_DTYPE_int32, 1, {COUNTED}}
+/* clang-format on */
 
 static const struct argument plain_arguments[CROSS_TENSORS] = {
     [QUERY] = QUERY_ARGUMENT,
@@ -110,9 +112,7 @@ static bool cross_attention(struct call *const call, const StableIValue *const n
   const bool is_packed = dtype_of(call, KEYS) == TORCH_DTYPE_uint8;
   int64_t dim = 0;
   const bool is_mixed = is_packed && !shim.aoti_torch_get_dim(call->tensors[KEYS], &dim) && dim == 4;
-  const struct argument *const arguments = is_mixed    ? mixed_arguments
-                                           : is_packed ? packed_arguments
-                                                       : plain_arguments;
+  const struct argument *const arguments = is_mixed ? mixed_arguments : is_packed ? packed_arguments : plain_arguments;
   const int64_t frames = (int64_t)numbers[0], group = (int64_t)numbers[1];
   const double scale = as_double(numbers[2]);
   const bool want_weights = as_bool(numbers[3]);
@@ -140,7 +140,9 @@ static bool cross_attention(struct call *const call, const StableIValue *const n
       .audios = size[AUDIOS],
       .frames = size[FRAMES],
       .dtype = (enum wkv_dtype)call->cache_dtype,
-      .bits = is_mixed ? WKV_MIXED : is_packed ? (int)size[STRIP] / 2 : 0,
+      .bits = is_mixed    ? WKV_MIXED
+              : is_packed ? (int)size[STRIP] / 2
+                          : 0,
       .tile_bytes = is_mixed ? size[TILE_BYTES] : 0,
       .group = group,
       .query = call->data[QUERY],
@@ -161,16 +163,24 @@ static bool cross_attention(struct call *const call, const StableIValue *const n
 }
 
 const struct torch_op pack_frames_op = {
-    "pack_frames", "pack_frames(Tensor states, Tensor lengths, int bits, SymInt group) -> (Tensor, Tensor)",
-    pack_frames, PACKING_TENSORS, 2, 0};
+    .name = "pack_frames",
+    .schema = "pack_frames(Tensor states, Tensor lengths, int bits, SymInt group) -> (Tensor, Tensor)",
+    .run = pack_frames,
+    .tensors = PACKING_TENSORS,
+    .results = 2,
+};
 
 /* bias: float32 [audios, frames], added to each frame's logit, for every format; empty: none.
  * counters: zeros, which they are again when the call is done; one for each audio and head, or a few where there are
  * many queries. Calls that may run at the same time need their own. The CPU has no use for them, and they may be left
  * empty; on CUDA another kernel is launched then. */
 const struct torch_op cross_attention_op = {
-    "cross_attention",
-    "cross_attention(Tensor query, Tensor keys, Tensor values, Tensor key_scales, Tensor value_scales, Tensor owner, "
-    "Tensor lengths, Tensor bias, Tensor(a!) counters, SymInt frames, SymInt group, float scale, bool want_weights) "
-    "-> (Tensor, Tensor)",
-    cross_attention, CROSS_TENSORS, 2, 0};
+    .name = "cross_attention",
+    .schema =
+        "cross_attention(Tensor query, Tensor keys, Tensor values, Tensor key_scales, Tensor value_scales, "
+        "Tensor owner, Tensor lengths, Tensor bias, Tensor(a!) counters, SymInt frames, SymInt group, float scale, "
+        "bool want_weights) -> (Tensor, Tensor)",
+    .run = cross_attention,
+    .tensors = CROSS_TENSORS,
+    .results = 2,
+};

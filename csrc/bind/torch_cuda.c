@@ -48,9 +48,7 @@ static bool launch(struct call *const call, launch_function *const function, con
 static const char *attend(const void *const a, void *const stream) { return wkv_cuda_compact_attention(a, stream); }
 static const char *evict(const void *const e, void *const stream) { return wkv_cuda_score_evict(e, stream); }
 static const char *pack(const void *const p, void *const stream) { return wkv_cuda_pack(p, stream); }
-static const char *attend_cross(const void *const a, void *const stream) {
-  return wkv_cuda_cross_attention(a, stream);
-}
+static const char *attend_cross(const void *const a, void *const stream) { return wkv_cuda_cross_attention(a, stream); }
 
 bool device_attend(struct call *const call, const struct wkv_attention *const a) {
   return is_within(call, "rows times heads", a->rows * a->heads, 0, INT32_MAX) && launch(call, attend, a);

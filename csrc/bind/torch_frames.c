@@ -4,11 +4,10 @@
 
 enum { QUERY, KEY, VALUE, BIAS, LENGTHS, TENSORS };
 
-#define HEADS_ARGUMENT(name) {name, TORCH_DTYPE_float32, 4, {AUDIOS, FRAMES, HEADS, DIM}}
 static const struct argument arguments[TENSORS] = {
-    [QUERY] = HEADS_ARGUMENT("query"),
-    [KEY] = HEADS_ARGUMENT("key"),
-    [VALUE] = HEADS_ARGUMENT("value"),
+    [QUERY] = {"query", TORCH_DTYPE_float32, 4, {AUDIOS, FRAMES, HEADS, DIM}},
+    [KEY] = {"key", TORCH_DTYPE_float32, 4, {AUDIOS, FRAMES, HEADS, DIM}},
+    [VALUE] = {"value", TORCH_DTYPE_float32, 4, {AUDIOS, FRAMES, HEADS, DIM}},
     [BIAS] = {"bias", TORCH_DTYPE_float32, 2, {AUDIOS, FRAMES}},
     [LENGTHS] = {"lengths", TORCH_DTYPE_int32, 1, {AUDIOS}},
 };
@@ -62,7 +61,11 @@ static bool encoder_attention(struct call *const call, const StableIValue *const
 }
 
 const struct torch_op encoder_attention_op = {
-    "encoder_attention",
-    "encoder_attention(Tensor query, Tensor key, Tensor value, Tensor bias, Tensor lengths, float scale, "
-    "int precision) -> Tensor",
-    encoder_attention, TENSORS, 1, 0};
+    .name = "encoder_attention",
+    .schema =
+        "encoder_attention(Tensor query, Tensor key, Tensor value, Tensor bias, Tensor lengths, float scale, "
+        "int precision) -> Tensor",
+    .run = encoder_attention,
+    .tensors = TENSORS,
+    .results = 1,
+};

@@ -105,10 +105,19 @@ static bool linear(struct call *const call, const StableIValue *const numbers) {
 }
 
 const struct torch_op pack_matrix_op = {
-    "pack_matrix", "pack_matrix(Tensor weight, int format) -> Tensor", pack_matrix, 1, 1, 0};
+    .name = "pack_matrix",
+    .schema = "pack_matrix(Tensor weight, int format) -> Tensor",
+    .run = pack_matrix,
+    .tensors = 1,
+    .results = 1,
+};
 
 const struct torch_op linear_op = {
-    "linear",
-    "linear(Tensor x, Tensor norm_weight, Tensor norm_bias, Tensor weight, Tensor bias, Tensor residual, int format, "
-    "SymInt outputs, float epsilon, int activation) -> Tensor",
-    linear, LINEAR_TENSORS, 1, 0};
+    .name = "linear",
+    .schema =
+        "linear(Tensor x, Tensor norm_weight, Tensor norm_bias, Tensor weight, Tensor bias, Tensor residual, "
+        "int format, SymInt outputs, float epsilon, int activation) -> Tensor",
+    .run = linear,
+    .tensors = LINEAR_TENSORS,
+    .results = 1,
+};

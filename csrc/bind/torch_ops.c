@@ -41,8 +41,8 @@ static void run(const struct torch_op *const op, StableIValue *const stack) {
   AtenTensorHandle few_tensors[FEW];
   void *few_data[FEW], *memory = NULL;
   size_t few_bytes[FEW], sizes[MAX_LISTS];
-  struct call call = {.tensors = few_tensors, .data = few_data, .bytes = few_bytes, .cache_dtype = UNKNOWN,
-                      .device_index = UNKNOWN};
+  struct call call = {
+      .tensors = few_tensors, .data = few_data, .bytes = few_bytes, .cache_dtype = UNKNOWN, .device_index = UNKNOWN};
   for (int i = 0; i < SIZES; i++) call.sizes[i] = UNKNOWN;
   call.sizes[CURSORS] = WKV_CURSORS;
   call.sizes[PAIR] = 2;

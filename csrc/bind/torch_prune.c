@@ -54,10 +54,14 @@ static bool gather_kept(struct call *const call, const StableIValue *const numbe
 }
 
 const struct torch_op gather_kept_op = {
-    "gather_kept",
-    "gather_kept(Tensor keys, Tensor values, Tensor index, Tensor starts, Tensor lengths, Tensor(a!) kept_keys, "
-    "Tensor(b!) kept_values) -> ()",
-    gather_kept, GATHERING_TENSORS, 0, 0};
+    .name = "gather_kept",
+    .schema =
+        "gather_kept(Tensor keys, Tensor values, Tensor index, Tensor starts, Tensor lengths, Tensor(a!) kept_keys, "
+        "Tensor(b!) kept_values) -> ()",
+    .run = gather_kept,
+    .tensors = GATHERING_TENSORS,
+    .results = 0,
+};
 
 /* ---- ragged_attention ---- */
 
@@ -107,22 +111,25 @@ static bool ragged_attention(struct call *const call, const StableIValue *const 
 
 /* bias: float32 [slots], or empty: none. */
 const struct torch_op ragged_attention_op = {
-    "ragged_attention",
-    "ragged_attention(Tensor query, Tensor keys, Tensor values, Tensor starts, Tensor lengths, Tensor bias, "
-    "float scale) -> Tensor",
-    ragged_attention, RAGGED_TENSORS, 1, 0};
+    .name = "ragged_attention",
+    .schema =
+        "ragged_attention(Tensor query, Tensor keys, Tensor values, Tensor starts, Tensor lengths, Tensor bias, "
+        "float scale) -> Tensor",
+    .run = ragged_attention,
+    .tensors = RAGGED_TENSORS,
+    .results = 1,
+};
 
 /* ---- attention_received ---- */
 
 enum { SOME_QUERIES, POSITIONS, ALL_KEYS, VISIBLE, RECEIVED_TENSORS };
-#define VISIBLE_ARGUMENT(dtype) {"visible", dtype, 2, {ROWS, TOKENS}}
 static const struct argument received_arguments[RECEIVED_TENSORS] = {
     [SOME_QUERIES] = {"query", CACHE, 4, {ROWS, HEADS, QUERIES, DIM}},
     [POSITIONS] = {"positions", TORCH_DTYPE_int32, 1, {QUERIES}},
     [ALL_KEYS] = {"keys", CACHE, 4, {ROWS, KV_HEADS, TOKENS, DIM}},
-    [VISIBLE] = VISIBLE_ARGUMENT(TORCH_DTYPE_uint8),
+    [VISIBLE] = {"visible", TORCH_DTYPE_uint8, 2, {ROWS, TOKENS}},
 };
-static const struct argument visible_argument = VISIBLE_ARGUMENT(TORCH_DTYPE_bool);
+static const struct argument visible_argument = {"visible", TORCH_DTYPE_bool, 2, {ROWS, TOKENS}};
 
 static bool attention_received(struct call *const call, const StableIValue *const numbers) {
   const double scale = as_double(numbers[0]);
@@ -161,6 +168,9 @@ static bool attention_received(struct call *const call, const StableIValue *cons
 
 /* visible: uint8 or bool [rows, tokens], 0 of what is left padding. */
 const struct torch_op attention_received_op = {
-    "attention_received",
-    "attention_received(Tensor query, Tensor positions, Tensor keys, Tensor visible, float scale) -> Tensor",
-    attention_received, RECEIVED_TENSORS, 1, 0};
+    .name = "attention_received",
+    .schema = "attention_received(Tensor query, Tensor positions, Tensor keys, Tensor visible, float scale) -> Tensor",
+    .run = attention_received,
+    .tensors = RECEIVED_TENSORS,
+    .results = 1,
+};

@@ -80,7 +80,9 @@ static bool score_evict(struct call *const call, const StableIValue *const numbe
   if (!is_within(call, "policy", policy, 0, POLICIES - 1)) return false;
   const bool is_read[EVICTION_TENSORS] = {[SEEN_WEIGHTS] = policies[policy].reads_attention,
                                           [SEEN_KEYS] = policies[policy].reads_key_norm,
-                                          [MOVED_CURSOR] = true, [POSITIONS] = true, [SCORES] = true};
+                                          [MOVED_CURSOR] = true,
+                                          [POSITIONS] = true,
+                                          [SCORES] = true};
   for (int i = 0; i < EVICTION_TENSORS; i++)
     if (!accept(call, i, &eviction_arguments[i], is_read[i])) return false;
   const int64_t *const size = call->sizes;
@@ -110,13 +112,21 @@ static bool score_evict(struct call *const call, const StableIValue *const numbe
 }
 
 const struct torch_op compact_attention_op = {
-    "compact_attention",
-    "compact_attention(Tensor query, Tensor key, Tensor value, Tensor(a!) keys, Tensor(b!) values, Tensor cursor, "
-    "Tensor sources, float scale, bool want_weights) -> (Tensor, Tensor)",
-    compact_attention, ATTENTION_TENSORS, 2, 0};
+    .name = "compact_attention",
+    .schema =
+        "compact_attention(Tensor query, Tensor key, Tensor value, Tensor(a!) keys, Tensor(b!) values, Tensor cursor, "
+        "Tensor sources, float scale, bool want_weights) -> (Tensor, Tensor)",
+    .run = compact_attention,
+    .tensors = ATTENTION_TENSORS,
+    .results = 2,
+};
 
 const struct torch_op score_evict_op = {
-    "score_evict",
-    "score_evict(Tensor weights, Tensor keys, Tensor(a!) cursor, Tensor(b!) positions, Tensor(c!) scores, int policy, "
-    "SymInt budget, SymInt recent, float decay) -> ()",
-    score_evict, EVICTION_TENSORS, 0, 0};
+    .name = "score_evict",
+    .schema =
+        "score_evict(Tensor weights, Tensor keys, Tensor(a!) cursor, Tensor(b!) positions, Tensor(c!) scores, "
+        "int policy, SymInt budget, SymInt recent, float decay) -> ()",
+    .run = score_evict,
+    .tensors = EVICTION_TENSORS,
+    .results = 0,
+};

@@ -39,8 +39,7 @@ typedef void (*torch_range_task)(int64_t begin, int64_t end, void *context);
   F(AOTITorchError, aoti_torch_is_contiguous, (AtenTensorHandle, bool *)) \
   F(AOTITorchError, aoti_torch_empty_strided, \
     (int64_t, const int64_t *, const int64_t *, int32_t, int32_t, int32_t, AtenTensorHandle *)) \
-  F(AOTITorchError, aoti_torch_library_init_fragment, \
-    (const char *, const char *, uint32_t, TorchLibraryHandle *)) \
+  F(AOTITorchError, aoti_torch_library_init_fragment, (const char *, const char *, uint32_t, TorchLibraryHandle *)) \
   F(AOTITorchError, aoti_torch_library_init_impl, \
     (const char *, const char *, const char *, uint32_t, TorchLibraryHandle *)) \
   F(AOTITorchError, aoti_torch_library_def, (TorchLibraryHandle, const char *)) \
@@ -61,8 +60,7 @@ typedef void (*torch_range_task)(int64_t begin, int64_t end, void *context);
 
 /* N(name): torch is asked for the number of each, by aoti_torch_dtype_<name> and aoti_torch_device_type_<name>.
  * The first three are those of enum wkv_dtype, in its order. */
-#define TORCH_DTYPES(N) \
-  N(float32) N(bfloat16) N(float16) N(int32) N(float64) N(int64) N(int16) N(int8) N(uint8) N(bool)
+#define TORCH_DTYPES(N) N(float32) N(bfloat16) N(float16) N(int32) N(float64) N(int64) N(int16) N(int8) N(uint8) N(bool)
 #define TORCH_DEVICES(N) N(cpu) N(cuda) N(meta)
 
 #define TORCH_DTYPE_NUMBER(name) TORCH_DTYPE_##name,

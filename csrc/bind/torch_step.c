@@ -48,8 +48,21 @@ static const struct argument mixed[HEARD_OF_LAYER] = {
 
 /* Weight, bias, weight, bias, ... */
 enum {
-  NORM_SELF, QUERY, KEY, VALUE, OUT, NORM_CROSS, CROSS_QUERY, CROSS_KEY, CROSS_VALUE, CROSS_OUT, NORM_HIDDEN, FIRST,
-  SECOND, KEY_UP, WEIGHTS_OF_LAYER
+  NORM_SELF,
+  QUERY,
+  KEY,
+  VALUE,
+  OUT,
+  NORM_CROSS,
+  CROSS_QUERY,
+  CROSS_KEY,
+  CROSS_VALUE,
+  CROSS_OUT,
+  NORM_HIDDEN,
+  FIRST,
+  SECOND,
+  KEY_UP,
+  WEIGHTS_OF_LAYER
 };
 static const struct argument vector = {"a bias or norm", TORCH_DTYPE_float32, 1, {OUTPUTS}};
 static const struct argument matrix_in_place = {"a weight", TORCH_DTYPE_float32, 2, {OUTPUTS, INPUTS}};
@@ -117,8 +130,7 @@ static bool take_weights(struct call *const call, struct step *const s) {
 #define NORM(which, norm) take_norm(call, at + 2 * which, &layer->norm)
 #define MATRIX(which, outputs, inputs, biases, matrix) \
   take_matrix(call, s->format, at + 2 * which, outputs, inputs, biases, &layer->matrix)
-    if (s->rank ? !take_latents(call, s, at, layer)
-                : !MATRIX(KEY, d, d, d, key) || !MATRIX(VALUE, d, d, d, value))
+    if (s->rank ? !take_latents(call, s, at, layer) : !MATRIX(KEY, d, d, d, key) || !MATRIX(VALUE, d, d, d, value))
       return false;
     if (!NORM(NORM_SELF, before_self) || !MATRIX(QUERY, d, d, d, query) || !MATRIX(OUT, d, d, d, out) ||
         !NORM(NORM_HIDDEN, before_hidden) || !MATRIX(FIRST, h, d, h, first) || !MATRIX(SECOND, d, h, d, second))
@@ -220,8 +232,8 @@ static bool are_caches_apart(struct call *const call) {
   const int count = call->first[WEIGHTS] + call->count[WEIGHTS];
   for (int i = first; i < after; i++)
     for (int j = 0; j < count; j++)
-      if (i != j && overlap((struct memory){call->data[i], call->bytes[i]},
-                            (struct memory){call->data[j], call->bytes[j]}))
+      if (i != j &&
+          overlap((struct memory){call->data[i], call->bytes[i]}, (struct memory){call->data[j], call->bytes[j]}))
         return fail(call, "%s must have memory of its own, as it is written to, and shares some with %s",
                     name_of(call, i), name_of(call, j));
   return true;
@@ -274,8 +286,8 @@ static bool decoder_step(struct call *const call, const StableIValue *const numb
   done = done && (!s.rank || is_within(call, "rank", s.rank, 1, s.width));
   done = done && (is_empty(call, SOURCES) || accept(call, SOURCES, &tensors[SOURCES], true));
   s.sources = done && !is_empty(call, SOURCES) ? call->data[SOURCES] : NULL;
-  done = done && (policy < 0 || (is_within(call, "budget", budget, 1, s.slots) &&
-                                 is_within(call, "recent", recent, 1, INT32_MAX)));
+  done = done && (policy < 0 ||
+                  (is_within(call, "budget", budget, 1, s.slots) && is_within(call, "recent", recent, 1, INT32_MAX)));
   done = done && (!s.audios || (is_within(call, "frames", frames, 1, INT32_MAX) && is_group(call, group) &&
                                 take_audios(call, &s, frames)));
   const int64_t shape[] = {s.rows, s.width};
@@ -286,8 +298,13 @@ static bool decoder_step(struct call *const call, const StableIValue *const numb
 }
 
 const struct torch_op decoder_step_op = {
-    "decoder_step",
-    "decoder_step(Tensor x, Tensor sources, Tensor owner, Tensor lengths, Tensor bias, Tensor(a!)[] caches, "
-    "Tensor[] heard, Tensor[] weights, int format, int heads, int hidden, SymInt frames, SymInt group, bool is_latent, "
-    "int policy, SymInt budget, SymInt recent, float decay, float epsilon, float scale) -> Tensor",
-    decoder_step, STEP_TENSORS, 1, STEP_LISTS};
+    .name = "decoder_step",
+    .schema =
+        "decoder_step(Tensor x, Tensor sources, Tensor owner, Tensor lengths, Tensor bias, Tensor(a!)[] caches, "
+        "Tensor[] heard, Tensor[] weights, int format, int heads, int hidden, SymInt frames, SymInt group, "
+        "bool is_latent, int policy, SymInt budget, SymInt recent, float decay, float epsilon, float scale) -> Tensor",
+    .run = decoder_step,
+    .tensors = STEP_TENSORS,
+    .results = 1,
+    .lists = STEP_LISTS,
+};

@@ -56,9 +56,13 @@ INLINE void attend_item(const enum wkv_dtype dtype, const int bits, const bool i
   const int64_t head_dim = is_narrow ? NARROW : a->head_dim, channels = wkv_round_up(head_dim, WKV_CHANNELS);
   const int64_t matrix = part.audio * a->heads + head, tiled = wkv_round_up(a->frames, WKV_TILE);
   const int64_t bytes = bits ? wkv_place_of_codes(bits, channels, tiled, 0) : a->frames * head_dim * size_of(dtype);
-  struct work w = {.a = a, .queries = part.queries, .length = a->lengths[part.audio],
-                   .head_dim = head_dim, .channels = channels,
-                   .keys = (const char *)a->keys + matrix * bytes, .values = (const char *)a->values + matrix * bytes,
+  struct work w = {.a = a,
+                   .queries = part.queries,
+                   .length = a->lengths[part.audio],
+                   .head_dim = head_dim,
+                   .channels = channels,
+                   .keys = (const char *)a->keys + matrix * bytes,
+                   .values = (const char *)a->values + matrix * bytes,
                    .bias = a->bias ? a->bias + part.audio * a->frames : NULL};
   take_buffers(dtype, bits, &w, scratch);
   const bool is_mixed = a->bits == WKV_MIXED;
@@ -103,8 +107,9 @@ ATTEND_IN(BFLOAT16)
 ATTEND_IN(FLOAT16)
 
 #define ENTRIES(bits) {attend_FLOAT32_##bits, attend_BFLOAT16_##bits, attend_FLOAT16_##bits}
-static attend_function *const attend_0[WKV_DTYPES] = ENTRIES(0), *const attend_8[WKV_DTYPES] = ENTRIES(8),
-                       *const attend_4[WKV_DTYPES] = ENTRIES(4);
+static attend_function *const attend_0[WKV_DTYPES] = ENTRIES(0);
+static attend_function *const attend_8[WKV_DTYPES] = ENTRIES(8);
+static attend_function *const attend_4[WKV_DTYPES] = ENTRIES(4);
 
 void ON_ISA(wkv_cross_attention)(const struct wkv_cross_attention *const a, void *const scratch, const int64_t begin,
                                  const int64_t end) {

@@ -10,31 +10,31 @@ enum { NARROW = 64 }; /* channels of a head of every Whisper */
 /* One part, head and range of frames being worked on. Queries are those of the part, counted from 0. */
 struct work {
   const struct wkv_cross_attention *a;
-  int64_t queries, length;           /* length: frames of the audio */
-  int64_t head_dim, channels;        /* channels: head_dim, padded */
-  const void *keys, *values;         /* of this head of this audio */
-  const float *bias;                 /* [frames] of the audio; NULL if there is none */
-  float *query;                      /* [queries, channels], scaled */
-  float *logits, *exponentials;      /* [queries, WKV_BLOCK] of a block: the ones become the others, in their place */
-  float *sums[WKV_TOGETHER];         /* of each query: [channels] */
-  float *totals[WKV_TOGETHER];       /* of each query: largest logit, sum of exponentials */
-  float *kept_logits[WKV_TOGETHER];  /* of each query: [frames], to be made weights in the end; NULL if not wanted */
-  float shrink[WKV_TOGETHER];        /* what the sums so far weigh beside this block */
-  float added[WKV_TOGETHER];         /* the block's sum of exponentials */
+  int64_t queries, length;          /* length: frames of the audio */
+  int64_t head_dim, channels;       /* channels: head_dim, padded */
+  const void *keys, *values;        /* of this head of this audio */
+  const float *bias;                /* [frames] of the audio; NULL if there is none */
+  float *query;                     /* [queries, channels], scaled */
+  float *logits, *exponentials;     /* [queries, WKV_BLOCK] of a block: the ones become the others, in their place */
+  float *sums[WKV_TOGETHER];        /* of each query: [channels] */
+  float *totals[WKV_TOGETHER];      /* of each query: largest logit, sum of exponentials */
+  float *kept_logits[WKV_TOGETHER]; /* of each query: [frames], to be made weights in the end; NULL if not wanted */
+  float shrink[WKV_TOGETHER];       /* what the sums so far weigh beside this block */
+  float added[WKV_TOGETHER];        /* the block's sum of exponentials */
   /* of a cache in bfloat16, where there are instructions to multiply it: then there is no query */
-  uint16_t *rounded_query;           /* [queries, channels]; it was in bfloat16 before */
-  uint32_t *rounded_exponentials;    /* [queries, WKV_BLOCK / 2], two frames in each */
+  uint16_t *rounded_query;        /* [queries, channels]; it was in bfloat16 before */
+  uint32_t *rounded_exponentials; /* [queries, WKV_BLOCK / 2], two frames in each */
   /* of a packed cache */
   const float *key_scales, *value_scales;
-  float *folded;                     /* [channels]: a query times the steps of the keys */
-  int32_t *query_codes;              /* [queries, channels / 4], four channels in each */
-  int32_t *weight_codes;             /* [queries, WKV_BLOCK / 4], four frames in each, then zeros */
-  int32_t *weight_lanes;             /* [queries, WKV_BLOCK / 4, 4], each of these four times over */
+  float *folded;         /* [channels]: a query times the steps of the keys */
+  int32_t *query_codes;  /* [queries, channels / 4], four channels in each */
+  int32_t *weight_codes; /* [queries, WKV_BLOCK / 4], four frames in each, then zeros */
+  int32_t *weight_lanes; /* [queries, WKV_BLOCK / 4, 4], each of these four times over */
   /* of mixed bits, which are unpacked a block of frames at a time; keys and values are then what was unpacked */
-  const uint8_t *mixed;              /* of this head of this audio */
-  const float *mixed_scales;         /* [groups, 2, channels] */
-  uint8_t *unpacked;                 /* codes of 8 bits */
-  float *unpacked_scales;            /* [2, channels]: of the block */
+  const uint8_t *mixed;      /* of this head of this audio */
+  const float *mixed_scales; /* [groups, 2, channels] */
+  uint8_t *unpacked;         /* codes of 8 bits */
+  float *unpacked_scales;    /* [2, channels]: of the block */
 };
 
 /* Logits of a block become exponentials; the sums so far are to shrink whenever it holds a larger one. */
@@ -61,10 +61,14 @@ INLINE int64_t together(const int64_t left, const int most, const int usual) { r
     break;
 #define FOR_COUNT(count, most, function, ...) \
   switch (count) { \
-    COUNT_CASE(1, most, function, __VA_ARGS__) COUNT_CASE(2, most, function, __VA_ARGS__) \
-    COUNT_CASE(3, most, function, __VA_ARGS__) COUNT_CASE(4, most, function, __VA_ARGS__) \
-    COUNT_CASE(5, most, function, __VA_ARGS__) COUNT_CASE(6, most, function, __VA_ARGS__) \
-    COUNT_CASE(7, most, function, __VA_ARGS__) COUNT_CASE(8, most, function, __VA_ARGS__) \
+    COUNT_CASE(1, most, function, __VA_ARGS__) \
+    COUNT_CASE(2, most, function, __VA_ARGS__) \
+    COUNT_CASE(3, most, function, __VA_ARGS__) \
+    COUNT_CASE(4, most, function, __VA_ARGS__) \
+    COUNT_CASE(5, most, function, __VA_ARGS__) \
+    COUNT_CASE(6, most, function, __VA_ARGS__) \
+    COUNT_CASE(7, most, function, __VA_ARGS__) \
+    COUNT_CASE(8, most, function, __VA_ARGS__) \
   }
 
 #endif

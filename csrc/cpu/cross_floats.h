@@ -7,8 +7,8 @@ enum {
   SOME = W > 4 ? W / 4 : 1, /* queries that share a load of the cache; with W / SOME frames they fill W sums */
   ROWS = W / SOME,
   MOST = W > 8 ? 6 : SOME, /* queries that share a load of the values, if no more are left */
-  PAIRS = 2, /* pairs of vectors of channels whose sums stay in registers */
-  AHEAD = 16384 /* bytes */
+  PAIRS = 2,               /* pairs of vectors of channels whose sums stay in registers */
+  AHEAD = 16384            /* bytes */
 };
 
 /* Asks for what comes so much later: processors foresee steady reads alone, and here they stop and go. It pays only for
@@ -73,9 +73,9 @@ INLINE void multiply_rows(const enum wkv_dtype dtype, vf *const sums, const int 
 
 /* The logits of `some` queries with W / some frames. Frames past the end are taken for the last one. Narrow rows are
  * read one after the other, as the prefetchers of processors expect; of wide ones, several share a load of a query. */
-INLINE void score_some(const enum wkv_dtype dtype, const bool is_narrow, const bool is_far,
-                       const struct work *const w, const int64_t query, const int some, const int64_t frame,
-                       const int64_t frames, const int64_t place, const bool at_the_end) {
+INLINE void score_some(const enum wkv_dtype dtype, const bool is_narrow, const bool is_far, const struct work *const w,
+                       const int64_t query, const int some, const int64_t frame, const int64_t frames,
+                       const int64_t place, const bool at_the_end) {
   const int64_t head_dim = w->head_dim;
   const int rows = W / some, count = some == 1 || is_narrow ? 1 : rows;
   const void *const queries = in_bfloat16(dtype) ? (const void *)(w->rounded_query + query * w->channels)
@@ -93,8 +93,7 @@ INLINE void score_some(const enum wkv_dtype dtype, const bool is_narrow, const b
       for (int r = 0; r < count; r++) fetch_ahead(is_far, at(dtype, row[r], d), PAIR * size_of(dtype));
       multiply_rows(dtype, sums + from, rows, queries, w->channels, some, row, count, d, PAIR);
     }
-    if (d < head_dim)
-      multiply_rows(dtype, sums + from, rows, queries, w->channels, some, row, count, d, head_dim - d);
+    if (d < head_dim) multiply_rows(dtype, sums + from, rows, queries, w->channels, some, row, count, d, head_dim - d);
   }
   const vf logits = sum_each(sums);
   for (int i = 0; i < some; i++)
@@ -152,8 +151,7 @@ INLINE void mix_some(const int some, const enum wkv_dtype dtype, const bool is_f
       const void *const row = at(dtype, w->values, (first + f) * head_dim + channel);
       fetch_ahead(is_far, row, pairs * PAIR * size_of(dtype));
       struct pair value[PAIRS];
-      for (int p = 0; p < pairs; p++)
-        value[p] = load_some(dtype, at(dtype, row, p * PAIR), pairs == 1 ? n : PAIR);
+      for (int p = 0; p < pairs; p++) value[p] = load_some(dtype, at(dtype, row, p * PAIR), pairs == 1 ? n : PAIR);
       for (int i = 0; i < some; i++) {
         const vf weight = splat(w->exponentials[(query + i) * WKV_BLOCK + f]);
         for (int p = 0; p < pairs; p++) {
@@ -167,17 +165,16 @@ INLINE void mix_some(const int some, const enum wkv_dtype dtype, const bool is_f
     for (int p = 0; p < 2 * pairs; p++) store(w->sums[query + i] + channel + p * W, sums[i][p]);
 }
 
-INLINE void mix_channels(const enum wkv_dtype dtype, const bool is_far, const struct work *const w,
-                         const int64_t first, const int64_t frames, const int64_t channel, const int pairs,
-                         const int64_t n) {
+INLINE void mix_channels(const enum wkv_dtype dtype, const bool is_far, const struct work *const w, const int64_t first,
+                         const int64_t frames, const int64_t channel, const int pairs, const int64_t n) {
   for (int64_t query = 0, count; query < w->queries; query += count) {
     count = together(w->queries - query, MOST, SOME);
     FOR_COUNT(count, MOST, mix_some, dtype, is_far, w, query, first, frames, channel, pairs, n)
   }
 }
 
-INLINE void mix_floats(const enum wkv_dtype dtype, const bool is_far, const struct work *const w,
-                       const int64_t first, const int64_t frames) {
+INLINE void mix_floats(const enum wkv_dtype dtype, const bool is_far, const struct work *const w, const int64_t first,
+                       const int64_t frames) {
   const int64_t head_dim = w->head_dim;
   if (in_bfloat16(dtype))
     for (int64_t q = 0; q < w->queries; q++)

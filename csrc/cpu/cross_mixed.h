@@ -1,5 +1,5 @@
-/* A block of cross-attention over a cache of mixed bits: its codes become such of 8 bits, in memory nearby, and all else
- * is done to those. */
+/* A block of cross-attention over a cache of mixed bits: its codes become such of 8 bits, in memory nearby, and all
+ * else is done to those. */
 #ifndef WHISPERKV_CROSS_MIXED_H
 #define WHISPERKV_CROSS_MIXED_H
 #include "cross_codes.h"
@@ -47,9 +47,7 @@ static void unpack_block(const struct work *const w, const int64_t first, const 
     uint8_t *to = w->unpacked + wkv_place_of_codes(8, w->channels, f, 0);
     for (int64_t channel = 0; channel < w->channels; channel += WKV_CHANNELS) {
       const int bits = (int)bits_of[channel];
-      switch (bits) {
-        UNPACK(1) UNPACK(2) UNPACK(3) UNPACK(4) UNPACK(5) UNPACK(6) UNPACK(7) UNPACK(8)
-      }
+      switch (bits) { UNPACK(1) UNPACK(2) UNPACK(3) UNPACK(4) UNPACK(5) UNPACK(6) UNPACK(7) UNPACK(8) }
       from += wkv_bytes_of_block(bits);
       to += wkv_bytes_of_channels(8, WKV_CHANNELS);
     }

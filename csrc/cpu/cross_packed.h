@@ -7,10 +7,10 @@
 #endif
 
 enum {
-  ABREAST = W > 8 ? 8 : 4, /* queries whose integer sums are in registers over the keys */
-  MIXED = W > 8 ? 4 : 2,   /* and over the values, */
+  ABREAST = W > 8 ? 8 : 4,    /* queries whose integer sums are in registers over the keys */
+  MIXED = W > 8 ? 4 : 2,      /* and over the values, */
   MIXED_MOST = W > 8 ? 5 : 2, /* or so many if no more are left */
-  MOST_QUADS = W           /* quads of channels whose sums are in registers, of one query */
+  MOST_QUADS = W              /* quads of channels whose sums are in registers, of one query */
 };
 
 INLINE void prefetch(const void *const p, const int64_t bytes) {
@@ -71,8 +71,8 @@ INLINE void repeat_weights(const int32_t *restrict const codes, const int64_t fr
 
 /* sums = shrink * sums + weights * values, for `some` queries and 4 * quads channels, a multiple of 16. */
 INLINE void mix_strip(const int some, const int bits, const struct work *const w, const int64_t first,
-                      const int64_t frames, const struct line *const lines, const int64_t query,
-                      const int64_t channel, const int quads) {
+                      const int64_t frames, const struct line *const lines, const int64_t query, const int64_t channel,
+                      const int quads) {
   const uint8_t *const tiles = (const uint8_t *)w->values + wkv_place_of_codes(bits, w->channels, first, channel);
   vu sums[MOST_QUADS][MIXED_MOST];
   for (int q = 0; q < quads; q++)

@@ -13,11 +13,11 @@ struct block {
   const struct wkv_encoder_attention *a;
   struct head head;
   int64_t first, queries;
-  int64_t stride;       /* of weights */
-  uint32_t *query;      /* [WKV_QUERIES, lanes] */
-  float *tops;          /* [WKV_QUERIES, W]: largest logits of every W-th frame */
-  float *weights;       /* [WKV_QUERIES, stride]: logits at first, lanes of weights in the end */
-  float *sums;          /* [WKV_QUERIES, channels] */
+  int64_t stride;            /* of weights */
+  uint32_t *query;           /* [WKV_QUERIES, lanes] */
+  float *tops;               /* [WKV_QUERIES, W]: largest logits of every W-th frame */
+  float *weights;            /* [WKV_QUERIES, stride]: logits at first, lanes of weights in the end */
+  float *sums;               /* [WKV_QUERIES, channels] */
   float factor[WKV_QUERIES]; /* products to logits */
   float total[WKV_QUERIES];  /* sum of the weights */
 };
@@ -44,8 +44,7 @@ INLINE void score(const enum wkv_precision precision, const int vectors, const s
   const bool is_bytes = precision == WKV_IN_BYTES;
   vf sums[ROWS][VECTORS];
   for (int r = 0; r < ROWS; r++)
-    for (int v = 0; v < vectors; v++)
-      sums[r][v] = is_bytes ? load((const float *)h->starts + frame + v * W) : (vf){0};
+    for (int v = 0; v < vectors; v++) sums[r][v] = is_bytes ? load((const float *)h->starts + frame + v * W) : (vf){0};
   multiply_panel(precision, vectors, b->query + query * h->lanes, h->lanes, h->keys + frame * h->lanes, h->lanes, sums);
 #pragma GCC unroll 6
   for (int r = 0; r < ROWS; r++) {
@@ -135,8 +134,8 @@ INLINE float soften(const enum wkv_precision precision, const struct block *cons
 }
 
 /* sums = weights * values, for ROWS queries and a panel of channels. */
-INLINE void mix(const enum wkv_precision precision, const int vectors, const struct block *const b,
-                const int64_t query, const int64_t channel, const int64_t first, const int64_t lanes) {
+INLINE void mix(const enum wkv_precision precision, const int vectors, const struct block *const b, const int64_t query,
+                const int64_t channel, const int64_t first, const int64_t lanes) {
   vf sums[ROWS][VECTORS];
   float *const kept = b->sums + query * b->head.channels + channel;
   for (int r = 0; r < ROWS; r++)

@@ -27,16 +27,16 @@ INLINE int64_t per_vector(const enum wkv_precision precision) { return per_lane(
 /* A packed head. Both matrices stand in panels of PANEL columns, lane after lane; of the keys' last panel only what
  * is padded is there. What no frame stands for is 0, with a bias of -inf. */
 struct head {
-  int64_t audio, number;         /* of this head in its audio */
-  int64_t length, padded;        /* frames in use; padded: to a multiple of per_vector */
-  int64_t lanes, channels;       /* lanes of a query; channels: head_dim, padded */
-  uint32_t *keys;                /* [panels of frames, lanes, PANEL] */
-  uint32_t *values;              /* [panels of channels, padded / per_lane, PANEL] */
-  float *bias;                   /* [padded] */
+  int64_t audio, number;   /* of this head in its audio */
+  int64_t length, padded;  /* frames in use; padded: to a multiple of per_vector */
+  int64_t lanes, channels; /* lanes of a query; channels: head_dim, padded */
+  uint32_t *keys;          /* [panels of frames, lanes, PANEL] */
+  uint32_t *values;        /* [panels of channels, padded / per_lane, PANEL] */
+  float *bias;             /* [padded] */
   /* of bytes */
   float *key_units, *value_units; /* [padded] and [channels]: what one of their codes is worth */
-  float *value_middles;          /* [channels]: what codes of 0 stand for */
-  uint32_t *starts;              /* [padded]: where sums of products start, so that MIDDLE drops out */
+  float *value_middles;           /* [channels]: what codes of 0 stand for */
+  uint32_t *starts;               /* [padded]: where sums of products start, so that MIDDLE drops out */
 };
 
 /* The frame that is packed in a place. Of bytes, those that a lane sees one after the other are neighbours: what

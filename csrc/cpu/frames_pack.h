@@ -36,8 +36,7 @@ INLINE void pack_keys_of(const enum wkv_precision precision, const struct wkv_en
   for (int64_t d = 0, k = 0; k < h->lanes; d += per_vector(precision), k += W) {
     vu x[W];
 #pragma GCC unroll 16
-    for (int i = 0; i < W; i++)
-      x[i] = fill_lanes(precision, key[i] + d, channels[i] - d, inverse_of(units[i]), 0);
+    for (int i = 0; i < W; i++) x[i] = fill_lanes(precision, key[i] + d, channels[i] - d, inverse_of(units[i]), 0);
     transpose(x);
     for (int i = 0; i < W; i++) {
       memcpy(panel + (k + i) * PANEL, &x[i], sizeof x[i]);

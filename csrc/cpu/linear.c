@@ -11,9 +11,11 @@
 /* ---- pack_matrix ---- */
 
 /* The numbers of one unit of an output, and zeros. */
-INLINE vf unit_at(const struct wkv_matrix_packing *const p, const int64_t output, const int64_t unit, const int64_t size) {
+INLINE vf unit_at(const struct wkv_matrix_packing *const p, const int64_t output, const int64_t unit,
+                  const int64_t size) {
   const int64_t input = unit * size, n = least(size, p->inputs - input);
-  return output < p->outputs ? load_in_order(p->dtype, at(p->dtype, p->weight, output * p->inputs + input), n) : (vf){0};
+  return output < p->outputs ? load_in_order(p->dtype, at(p->dtype, p->weight, output * p->inputs + input), n)
+                             : (vf){0};
 }
 
 /* One word of a panel. */
@@ -232,8 +234,21 @@ INLINE void multiply_panel(const struct wkv_linear *const l, const enum wkv_form
                            const int64_t last, const int64_t panel) {
   for (; row + ABREAST <= last; row += ABREAST) panel_rows(l, format, ABREAST, row, panel);
   switch (last - row) {
-#define CASE(n) case n: if (n < ABREAST) panel_rows(l, format, n, row, panel); break;
-    CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6) CASE(7) CASE(8) CASE(9) CASE(10) CASE(11)
+#define CASE(n) \
+  case n: \
+    if (n < ABREAST) panel_rows(l, format, n, row, panel); \
+    break;
+    CASE(1)
+    CASE(2)
+    CASE(3)
+    CASE(4)
+    CASE(5)
+    CASE(6)
+    CASE(7)
+    CASE(8)
+    CASE(9)
+    CASE(10)
+    CASE(11)
     default: break;
   }
 }
@@ -241,7 +256,7 @@ INLINE void multiply_panel(const struct wkv_linear *const l, const enum wkv_form
 INLINE void multiply_in_place(const struct wkv_linear *const l, int64_t row, const int64_t last, const int64_t panel) {
   const int64_t end = least((panel + 1) * WKV_PANEL, l->outputs);
   for (int64_t output = panel * WKV_PANEL; output < end; output += W) {
-    for (int64_t r = row; r < last; r += ROWS_IN_PLACE)
+    for (int64_t r = row; r < last; r += ROWS_IN_PLACE) {
       switch (last - r) {
         case 1: outputs_in_place(l, 1, r, output, r == row); break;
         case 2: outputs_in_place(l, 2, r, output, r == row); break;
@@ -250,6 +265,7 @@ INLINE void multiply_in_place(const struct wkv_linear *const l, int64_t row, con
         case 5: outputs_in_place(l, least(5, ROWS_IN_PLACE), r, output, r == row); break;
         default: outputs_in_place(l, ROWS_IN_PLACE, r, output, r == row);
       }
+    }
   }
 }
 

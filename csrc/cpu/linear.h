@@ -132,8 +132,8 @@ INLINE struct again again_of(const uint32_t *const panel, const int64_t units, c
   return again;
 }
 
-/* A word of x and signed codes of the panel: the former is made unsigned, and what that adds is taken away by adding the
- * offset of the codes. */
+/* A word of x and signed codes of the panel: the former is made unsigned, and what that adds is taken away by adding
+ * the offset of the codes. */
 enum { SIGNS = (int32_t)0x80808080 };
 
 INLINE vu multiply_signed(const uint32_t word, const vu codes, const vu sum) {
@@ -259,7 +259,7 @@ INLINE void outputs_in_place(const struct wkv_linear *const l, const int rows, c
   for (int o = 0; o < W; o += FOUR) {
     const float *w[FOUR]; /* past the last output, that again: its sums are not kept */
     for (int i = 0; i < FOUR; i++) w[i] = (const float *)l->weight + least(output + o + i, l->outputs - 1) * l->inputs;
-    multiply_outputs(rows, x, l->ready_stride, w, l->inputs, is_first, (vf(*)[W])&kept[0][o]);
+    multiply_outputs(rows, x, l->ready_stride, w, l->inputs, is_first, (vf(*)[W])(&kept[0][o]));
   }
   for (int r = 0; r < rows; r++) kept[r][0] = sum_each(kept[r]);
   finish(l, rows, row, output, &kept[0][0], W);

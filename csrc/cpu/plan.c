@@ -5,19 +5,19 @@
 
 #include "../packed.h"
 
-const char *wkv_check_cursor(const int32_t *const cursor, const int64_t rows, const int64_t tokens,
-                             const int64_t slots, char *const error, const size_t error_size) {
+const char *wkv_check_cursor(const int32_t *const cursor, const int64_t rows, const int64_t tokens, const int64_t slots,
+                             char *const error, const size_t error_size) {
   for (int64_t row = 0; row < rows; row++) {
     const long long live = cursor[WKV_LIVE * rows + row], slot = cursor[WKV_SLOT * rows + row];
     const long long seen = cursor[WKV_SEEN * rows + row];
     const long long padding = seen < 0 ? -seen : 0;
     const long long written = tokens > padding ? tokens - padding : 0;
-    const char *const wrong = live < 0 || live > slots           ? "live must be in 0..slots"
-                              : slot < 0 || slot > live          ? "slot must be in 0..live"
-                              : tokens > 1 && slot != live       ? "slot must be live for more than one token"
+    const char *const wrong = live < 0 || live > slots            ? "live must be in 0..slots"
+                              : slot < 0 || slot > live           ? "slot must be in 0..live"
+                              : tokens > 1 && slot != live        ? "slot must be live for more than one token"
                               : written && written > slots - slot ? "the new tokens do not fit"
-                              : seen > INT32_MAX - tokens        ? "the positions of the new tokens must be below 2^31"
-                                                                 : NULL;
+                              : seen > INT32_MAX - tokens         ? "the positions of the new tokens must be below 2^31"
+                                                                  : NULL;
     if (!wrong) continue;
     snprintf(error, error_size, "cursor of row %lld: %s (live %lld, slot %lld, seen %lld, tokens %lld, slots %lld)",
              (long long)row, wrong, live, slot, seen, (long long)tokens, (long long)slots);
@@ -45,8 +45,9 @@ const char *wkv_check_sources(const struct wkv_attention *const a, char *const e
       const bool is_row = source >= 0 && source < a->rows;
       if (is_row && (slot < settled || source == row || !is_new(a, first_new[source], slot))) continue;
       if (is_new(a, first, slot)) continue; /* the table is not asked */
-      snprintf(error, error_size, is_row ? "sources of row %lld, slot %lld: row %lld is just writing that slot"
-                                         : "sources of row %lld, slot %lld: must be one of the rows, got %lld",
+      snprintf(error, error_size,
+               is_row ? "sources of row %lld, slot %lld: row %lld is just writing that slot"
+                      : "sources of row %lld, slot %lld: must be one of the rows, got %lld",
                (long long)row, (long long)slot, (long long)source);
       return error;
     }
@@ -78,8 +79,9 @@ const char *wkv_check_mixed(const float *const bits, const int64_t channels, con
     const float first = bits[c / WKV_CHANNELS * WKV_CHANNELS];
     const bool is_whole = bits[c] >= 1 && bits[c] <= 8 && (float)(int)bits[c] == bits[c];
     if (!is_whole || bits[c] != first) {
-      snprintf(error, error_size, "value_scales: bits of channel %lld must be one of 1..8 and the same for %d channels, "
-               "got %g", (long long)c, WKV_CHANNELS, bits[c]);
+      snprintf(error, error_size,
+               "value_scales: bits of channel %lld must be one of 1..8 and the same for %d channels, got %g",
+               (long long)c, WKV_CHANNELS, bits[c]);
       return error;
     }
     if (c % WKV_CHANNELS == 0) bytes += wkv_bytes_of_block((int)bits[c]);
@@ -97,8 +99,7 @@ void wkv_cross_plan(struct wkv_cross_attention *const a) {
   for (int64_t row = 0, end; row < a->rows; row = end) {
     for (end = row + 1; end < a->rows && a->owner[end] == a->owner[row];) end++;
     for (int64_t first = row * a->tokens; first < end * a->tokens; first += WKV_TOGETHER)
-      a->part[a->parts++] =
-          (struct wkv_together){a->owner[row], first, least(WKV_TOGETHER, end * a->tokens - first)};
+      a->part[a->parts++] = (struct wkv_together){a->owner[row], first, least(WKV_TOGETHER, end * a->tokens - first)};
   }
   const int64_t items = a->parts * a->heads, blocks = wkv_count_of(a->frames, WKV_BLOCK);
   a->splits = items ? least(blocks, wkv_count_of(WKV_ITEMS_WANTED, items)) : 1;

@@ -46,9 +46,9 @@ void ON_ISA(wkv_gather_kept)(const struct wkv_gathering *const g, const int64_t 
 struct part {
   const struct wkv_ragged_attention *a;
   int64_t group, length;
-  int64_t head;           /* row * kv_heads + head */
-  int64_t first_query;    /* query * group + head */
-  int64_t line;           /* of the sums: where the queries of this range begin */
+  int64_t head;        /* row * kv_heads + head */
+  int64_t first_query; /* query * group + head */
+  int64_t line;        /* of the sums: where the queries of this range begin */
 };
 
 /* Slots that a query sees; 0 or less: none. */
@@ -143,9 +143,14 @@ INLINE void attend_item(const enum wkv_dtype dtype, const int64_t width, const s
   const int64_t head_dim = width ? width : a->head_dim;
   const int64_t lots = wkv_ragged_lots(a), range = item / lots, head = a->owner[range];
   const int64_t group = a->heads / a->kv_heads, channels = wkv_round_up(head_dim, WKV_CHANNELS);
-  const struct part p = {.a = a, .group = group, .length = a->lengths[head], .head = head,
-                         .first_query = item % lots * WKV_TOGETHER, .line = range * a->queries * group};
-  struct work w = {.queries = least(WKV_TOGETHER, a->queries * group - p.first_query), .head_dim = head_dim,
+  const struct part p = {.a = a,
+                         .group = group,
+                         .length = a->lengths[head],
+                         .head = head,
+                         .first_query = item % lots * WKV_TOGETHER,
+                         .line = range * a->queries * group};
+  struct work w = {.queries = least(WKV_TOGETHER, a->queries * group - p.first_query),
+                   .head_dim = head_dim,
                    .channels = channels,
                    .keys = at(dtype, a->keys, a->starts[head] * head_dim),
                    .values = at(dtype, a->values, a->starts[head] * head_dim),

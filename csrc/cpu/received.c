@@ -21,15 +21,17 @@ INLINE vu lanes_of(const enum wkv_dtype dtype, const void *const p, const int64_
 
 /* A KV head being worked on. */
 struct keys {
-  int64_t row, number;          /* of this head in its row */
-  int64_t padded, lanes;        /* tokens, lanes of a key */
-  uint32_t *panels;             /* [padded / PANEL, lanes, PANEL] */
-  int32_t *is_seen;             /* [padded]: all bits, or none of hidden keys and of those past the end */
+  int64_t row, number;   /* of this head in its row */
+  int64_t padded, lanes; /* tokens, lanes of a key */
+  uint32_t *panels;      /* [padded / PANEL, lanes, PANEL] */
+  int32_t *is_seen;      /* [padded]: all bits, or none of hidden keys and of those past the end */
 };
 
 INLINE struct keys packed_keys(const enum wkv_dtype dtype, const struct wkv_received *const r, const int64_t item) {
   const int64_t head = r->first_head + item, padded = wkv_received_tokens(r);
-  struct keys k = {.row = head / r->kv_heads, .number = head % r->kv_heads, .padded = padded,
+  struct keys k = {.row = head / r->kv_heads,
+                   .number = head % r->kv_heads,
+                   .padded = padded,
                    .lanes = wkv_count_of(r->head_dim, per_vector(precision_of(dtype))) * W};
   k.panels = r->packed + item * wkv_received_packed(r);
   k.is_seen = (int32_t *)k.panels + padded * k.lanes;
@@ -44,8 +46,8 @@ INLINE void pack_some(const enum wkv_dtype dtype, const struct wkv_received *con
   uint32_t *const panel = k->panels + token / PANEL * PANEL * k->lanes + token % PANEL;
   const void *key[W];
   for (int i = 0; i < W; i++)
-    key[i] = at(dtype, r->keys.data, k->row * r->keys.row + k->number * r->keys.head +
-                                         least(token + i, r->tokens - 1) * r->keys.token);
+    key[i] = at(dtype, r->keys.data,
+                k->row * r->keys.row + k->number * r->keys.head + least(token + i, r->tokens - 1) * r->keys.token);
   const int64_t step = per_vector(precision_of(dtype));
   for (int64_t d = 0, lane = 0; lane < k->lanes; d += step, lane += W) {
     vu x[W];
@@ -60,8 +62,7 @@ INLINE void pack_block(const enum wkv_dtype dtype, const struct wkv_received *co
   const struct keys k = packed_keys(dtype, r, item / blocks);
   const int64_t first = item % blocks * WKV_BLOCK, last = least(first + WKV_BLOCK, k.padded);
   const uint8_t *const visible = r->visible + k.row * r->visible_row;
-  for (int64_t token = first; token < last; token++)
-    k.is_seen[token] = token < r->tokens && visible[token] ? -1 : 0;
+  for (int64_t token = first; token < last; token++) k.is_seen[token] = token < r->tokens && visible[token] ? -1 : 0;
   for (int64_t token = first; token < last; token += W) pack_some(dtype, r, &k, token);
 }
 
@@ -70,15 +71,15 @@ INLINE void pack_block(const enum wkv_dtype dtype, const struct wkv_received *co
 struct chunk {
   const struct wkv_received *r;
   struct keys keys;
-  int64_t queries, padded;    /* padded: to a multiple of ROWS */
-  int64_t furthest;           /* keys that one of them sees */
-  int64_t wide, stride;       /* from one query to the next, of exponentials to those of the next; blocks */
+  int64_t queries, padded; /* padded: to a multiple of ROWS */
+  int64_t furthest;        /* keys that one of them sees */
+  int64_t wide, stride;    /* from one query to the next, of exponentials to those of the next; blocks */
   int64_t blocks;
-  uint32_t *query;            /* [WKV_CHUNK, wide] */
-  float *exponentials;        /* [WKV_CHUNK, stride]: logits at first */
-  float *tops;                /* [WKV_CHUNK, blocks]: what the exponentials of a block are counted from; then what
-                                 they weigh */
-  int32_t seen[WKV_CHUNK];    /* keys that a query sees, from the first on; 0: it does not count */
+  uint32_t *query;         /* [WKV_CHUNK, wide] */
+  float *exponentials;     /* [WKV_CHUNK, stride]: logits at first */
+  float *tops;             /* [WKV_CHUNK, blocks]: what the exponentials of a block are counted from; then what
+                              they weigh */
+  int32_t seen[WKV_CHUNK]; /* keys that a query sees, from the first on; 0: it does not count */
   float top[WKV_CHUNK], total[WKV_CHUNK];
 };
 
@@ -172,9 +173,7 @@ INLINE void receive_chunk(const enum wkv_dtype dtype, struct chunk *const c, con
 }
 
 /* Late queries see more keys than early ones: lots are taken from both ends, so that threads get as much to do. */
-INLINE int64_t lot_of(const int64_t item, const int64_t lots) {
-  return item % 2 ? lots - 1 - item / 2 : item / 2;
-}
+INLINE int64_t lot_of(const int64_t item, const int64_t lots) { return item % 2 ? lots - 1 - item / 2 : item / 2; }
 
 INLINE void receive_lot(const enum wkv_dtype dtype, const struct wkv_received *const r, uint32_t *const scratch,
                         const int64_t item) {

@@ -293,10 +293,10 @@ static int64_t next_slot(const struct wkv_eviction *const e, const int64_t row, 
   struct candidate first = {.reluctance = PINNED, .age = INT64_MAX};
   for (int64_t slot = 0; slot < live; slot++) {
     const int64_t position = positions[slot];
-    const enum reluctance reluctance = position < pinned                 ? PINNED
-                                       : position > seen - e->recent     ? RECENT
-                                       : scores[slot] != scores[slot]    ? NOT_A_NUMBER
-                                                                         : EVICTABLE;
+    const enum reluctance reluctance = position < pinned              ? PINNED
+                                       : position > seen - e->recent  ? RECENT
+                                       : scores[slot] != scores[slot] ? NOT_A_NUMBER
+                                                                      : EVICTABLE;
     const struct candidate next = {reluctance, reluctance == EVICTABLE ? scores[slot] : 0,
                                    reluctance == PINNED ? -position : position};
     if (!goes_before(next, first)) continue;

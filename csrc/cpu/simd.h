@@ -97,7 +97,7 @@ INLINE vf from_float16(const vh x) {
 #else
   const vu half = __builtin_convertvector(x, vu), size = (half & 0x7fff) << 13, rebias = (vu){0} + (112u << 23);
   const vu normal = size + rebias + ((vu)(size >= 0x7c00u << 13) & rebias); /* inf and NaN are rebiased twice */
-  const vf tiny = (vf)(normal + (1u << 23)) - 0x1p-14f;                    /* subnormal halves, no subnormal floats */
+  const vf tiny = (vf)(normal + (1u << 23)) - 0x1p-14f;                     /* subnormal halves, no subnormal floats */
   return (vf)(choose(size < 1u << 23, (vu)tiny, normal) | (half & 0x8000) << 16);
 #endif
 }
@@ -142,15 +142,12 @@ INLINE struct pair load_full(const enum wkv_dtype dtype, const void *const p) {
   vu both;
   vh halves[2];
   switch (dtype) {
-    case WKV_BFLOAT16:
-      memcpy(&both, p, sizeof both);
-      return (struct pair){(vf)(both << 16), (vf)(both & 0xffff0000)};
+    case WKV_BFLOAT16: memcpy(&both, p, sizeof both); return (struct pair){(vf)(both << 16), (vf)(both & 0xffff0000)};
     case WKV_FLOAT16:
       memcpy(&halves[0], p, sizeof halves[0]);
       memcpy(&halves[1], (const char *)p + sizeof halves[0], sizeof halves[1]);
       return (struct pair){from_float16(halves[0]), from_float16(halves[1])};
-    default:
-      return (struct pair){load(p), load((const float *)p + W)};
+    default: return (struct pair){load(p), load((const float *)p + W)};
   }
 }
 
@@ -158,15 +155,9 @@ INLINE void store_full(const enum wkv_dtype dtype, void *const p, const struct p
   const vu both = to_bfloat16(x.a) >> 16 | to_bfloat16(x.b);
   const vh halves[2] = {to_float16(x.a), to_float16(x.b)};
   switch (dtype) {
-    case WKV_BFLOAT16:
-      memcpy(p, &both, sizeof both);
-      break;
-    case WKV_FLOAT16:
-      memcpy(p, halves, sizeof halves);
-      break;
-    default:
-      store(p, x.a);
-      store((float *)p + W, x.b);
+    case WKV_BFLOAT16: memcpy(p, &both, sizeof both); break;
+    case WKV_FLOAT16: memcpy(p, halves, sizeof halves); break;
+    default: store(p, x.a); store((float *)p + W, x.b);
   }
 }
 
@@ -337,8 +328,9 @@ INLINE void transpose(vu x[W]) {
 }
 
 /* Four lanes hold four bytes each: bytes and lanes change places. */
-#define BYTE(lane, h) (lane) / 4 * 16 + (lane) % 4, (lane) / 4 * 16 + (lane) % 4 + 4, \
-      (lane) / 4 * 16 + (lane) % 4 + 8, (lane) / 4 * 16 + (lane) % 4 + 12
+#define BYTE(lane, h) \
+  (lane) / 4 * 16 + (lane) % 4, (lane) / 4 * 16 + (lane) % 4 + 4, (lane) / 4 * 16 + (lane) % 4 + 8, \
+      (lane) / 4 * 16 + (lane) % 4 + 12
 INLINE vi transpose_bytes(const vi x) {
 #ifdef __clang__
   return (vi)__builtin_shufflevector((vq)x, (vq)x, LANES(BYTE, 0));

@@ -11,9 +11,9 @@
 namespace {
 
 enum {
-  QUERIES = TILE_ROWS,  /* that a block works on together */
-  NARROW = 64,          /* channels of a head of Whisper's */
-  NARROW_BLOCKS = 528,  /* wanted at least, or the frames are split: a few for each multiprocessor of a large GPU */
+  QUERIES = TILE_ROWS, /* that a block works on together */
+  NARROW = 64,         /* channels of a head of Whisper's */
+  NARROW_BLOCKS = 528, /* wanted at least, or the frames are split: a few for each multiprocessor of a large GPU */
   WIDE_BLOCKS = 264,
   LATENT_BLOCKS = 132, /* at most, unless there is more work without a split */
 };
@@ -24,10 +24,10 @@ template <class T_, int BITS_, int FRAMES_, int TILES_, int WARPS_, int BLOCKS_>
   enum {
     BITS = BITS_,
     IS_MIXED = BITS_ == WKV_MIXED,
-    FRAMES = FRAMES_,   /* worked on at a time */
-    TILES = TILES_,     /* of the output that a warp has in its registers */
-    WARPS = WARPS_,     /* at most */
-    BLOCKS = BLOCKS_,   /* that a multiprocessor has registers for */
+    FRAMES = FRAMES_, /* worked on at a time */
+    TILES = TILES_,   /* of the output that a warp has in its registers */
+    WARPS = WARPS_,   /* at most */
+    BLOCKS = BLOCKS_, /* that a multiprocessor has registers for */
     COLUMNS = FRAMES / TILE_COLUMNS,
     CHANNELS = TILES * WARPS * TILE_COLUMNS,
     PAD = sizeof(piece) / sizeof(T), /* so that rows begin in different banks */
@@ -41,12 +41,12 @@ template <class T, int BITS> using wide = plan<T, BITS, 16, 20, 8, 1>; /* a late
 /* Everything in shared memory. */
 template <class P> struct room {
   typedef typename P::T T;
-  T *query;         /* [QUERIES, channels + PAD] */
-  T *tiles[2];      /* of keys and values [FRAMES, channels + PAD]; in the latent formats the same memory */
-  float *logits;    /* [slices, QUERIES, LINE]: of a part of the channels each */
-  T *weights;       /* [QUERIES, FRAMES + PAD] */
+  T *query;                    /* [QUERIES, channels + PAD] */
+  T *tiles[2];                 /* of keys and values [FRAMES, channels + PAD]; in the latent formats the same memory */
+  float *logits;               /* [slices, QUERIES, LINE]: of a part of the channels each */
+  T *weights;                  /* [QUERIES, FRAMES + PAD] */
   float *top, *total, *shrink; /* [QUERIES]: largest logit, sum of exponentials, what the sums so far weigh now */
-  int *number;      /* [QUERIES]: row * tokens + token of each query */
+  int *number;                 /* [QUERIES]: row * tokens + token of each query */
   size_t bytes;
 
   __host__ __device__ room(char *const memory, const int channels, const bool apart, const int slices) : bytes(0) {
@@ -334,7 +334,7 @@ __device__ void attend_some(const struct block &b, const struct wkv_cross_attent
 /* Grid: audios, heads and splits, and for each of these `lots` blocks, which share out its queries. */
 template <class P>
 __global__ void __launch_bounds__(P::WARPS *WARP, P::BLOCKS)
-attend(const struct wkv_cross_attention a, const int lots, const int slices, const bool aligned) {
+    attend(const struct wkv_cross_attention a, const int lots, const int slices, const bool aligned) {
   DYNAMIC_SHARED(memory);
   __shared__ int found;
   const int lot = blockIdx.x % lots;

@@ -31,7 +31,7 @@ template <class T_, int BITS_, int QUERIES_, bool IS_BIASED_> struct plan {
     FRAMES = IS_PACKED ? 32 : 16, /* of a tile */
     COLUMNS = FRAMES / TILE_COLUMNS,
     PIECES = FRAMES * CHANNELS * (IS_PACKED ? BITS : 16) / 128, /* of the keys of a tile, or of its values */
-    BLOCKS = QUERIES == 8 ? 4 : 2,  /* that a multiprocessor has registers for */
+    BLOCKS = QUERIES == 8 ? 4 : 2,                              /* that a multiprocessor has registers for */
   };
 };
 
@@ -48,9 +48,9 @@ template <class P> struct room {
 template <class P> struct rows {
   typedef typename multiplied<typename P::T, P::BITS>::type M;
   left_tile<M> query[DEPTHS];
-  float unit[P::HALVES], bias[P::HALVES]; /* logit = unit * product + bias */
-  float top[P::HALVES], total[P::HALVES]; /* so far; the total of the frames that this lane holds */
-  float flushed[P::HALVES];               /* the top when sums were last added to the means */
+  float unit[P::HALVES], bias[P::HALVES];             /* logit = unit * product + bias */
+  float top[P::HALVES], total[P::HALVES];             /* so far; the total of the frames that this lane holds */
+  float flushed[P::HALVES];                           /* the top when sums were last added to the means */
   float sums[CHANNELS / TILE_COLUMNS][4], weights[4]; /* of values or codes, and of the weights they were given */
 };
 

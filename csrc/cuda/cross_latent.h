@@ -17,11 +17,11 @@ namespace latent {
 enum {
   WARPS = 8,
   THREADS = WARPS * WARP,
-  UNIT = 32,        /* channels */
-  UNITS = 5,        /* of a warp at most */
+  UNIT = 32, /* channels */
+  UNITS = 5, /* of a warp at most */
   WIDEST = UNITS * UNIT * WARPS,
-  FRAMES = 16,      /* of a tile */
-  COLUMNS = 3,      /* of eight queries */
+  FRAMES = 16, /* of a tile */
+  COLUMNS = 3, /* of eight queries */
   QUERIES = COLUMNS * TILE_COLUMNS,
   LINE = FRAMES + 4, /* of logits in shared memory, so that lanes that write together meet no bank twice */
 };
@@ -42,7 +42,7 @@ template <class P> struct __align__(16) room {
   float parts[WARPS][QUERIES][LINE]; /* of the logits */
   typename P::M weights[QUERIES][FRAMES];
   float units[WARPS][QUERIES], biases[WARPS][QUERIES]; /* logit = unit * product + bias */
-  float steps[WIDEST];               /* of codes: what the output's numbers are counted in */
+  float steps[WIDEST];                                 /* of codes: what the output's numbers are counted in */
   float shrink[QUERIES], of_group[QUERIES]; /* what sums so far weigh now; the weights of a group of frames together */
   float top[QUERIES], total[QUERIES];
   int number[QUERIES];
@@ -52,7 +52,7 @@ template <class P> struct __align__(16) room {
 /* What does not change over a block. */
 struct block {
   int64_t matrix, head;
-  const float *bias;              /* of the audio's frames, or NULL */
+  const float *bias;               /* of the audio's frames, or NULL */
   int dim, length, queries, units; /* units: of this warp */
   int lane, warp;
   int found[UNITS]; /* of mixed bits: 16 times the first piece of each unit in a tile, and its bits */
@@ -277,8 +277,7 @@ INLINE void mix(const struct block &b, struct held<P> &h, const piece *const til
 #pragma unroll
     for (int half = 0; half < 2; half++)
 #pragma unroll
-      for (int column = 0; column < COLUMNS; column++)
-        multiply(h.sums[u][half][column], values[half], weights[column]);
+      for (int column = 0; column < COLUMNS; column++) multiply(h.sums[u][half][column], values[half], weights[column]);
   }
 }
 

@@ -72,9 +72,9 @@ template <class T> __global__ void __launch_bounds__(THREADS) attend(const struc
   DYNAMIC_SHARED(room);
   const int64_t dim = a.head_dim, wide = dim + 1; /* so that lanes read from different banks */
   const int group = (int)(a.heads / a.kv_heads), thread = threadIdx.x, lane = thread % WARP, warp = thread / WARP;
-  float *const keys = (float *)room, *const values = keys + TILE * wide; /* [TILE, wide] */
+  float *const keys = (float *)room, *const values = keys + TILE * wide;            /* [TILE, wide] */
   float *const queries = values + TILE * wide, *const sums = queries + group * dim; /* [group, dim] */
-  float *const weights = sums + group * dim; /* [group, TILE] */
+  float *const weights = sums + group * dim;                                        /* [group, TILE] */
   struct softmax *const of = (struct softmax *)(weights + group * TILE);
   const int64_t range = blockIdx.x % a.ranges, query = blockIdx.x / a.ranges % a.queries;
   const int64_t head = blockIdx.x / a.ranges / a.queries, row = head / a.kv_heads;
@@ -166,9 +166,9 @@ static size_t shared_of(const struct wkv_received &r) {
 
 /* What the threads of a block share: some queries of a group, numbered query * group + head, and some keys. */
 struct shared {
-  float *queries;      /* [QUERIES, head_dim] */
-  float *keys;         /* [TILE, head_dim + 1] */
-  int64_t *seen;       /* [QUERIES]: keys from the first on; 0: it does not count */
+  float *queries; /* [QUERIES, head_dim] */
+  float *keys;    /* [TILE, head_dim + 1] */
+  int64_t *seen;  /* [QUERIES]: keys from the first on; 0: it does not count */
 };
 
 template <class T>
@@ -178,8 +178,8 @@ INLINE void load_queries(const struct wkv_received &r, const struct shared &s, c
   const int64_t count = smaller(QUERIES, r.queries * group - first);
   for (int64_t i = threadIdx.x; i < QUERIES * dim; i += THREADS) {
     const int64_t number = first + smaller(i / dim, count - 1);
-    s.queries[i] =
-        to_float(token_of<T>(r.query, row, head % r.kv_heads * group + number % group, number / group)[i % dim]);
+    s.queries[i] = to_float(
+        token_of<T>(r.query, row, head % r.kv_heads * group + number % group, number / group)[i % dim]);
   }
   for (int q = threadIdx.x; q < QUERIES; q += THREADS) {
     const int64_t position = q < count ? r.positions[(first + q) / group] : -1;
@@ -193,8 +193,7 @@ INLINE void load_keys(const struct wkv_received &r, const struct shared &s, cons
   const int64_t row = head / r.kv_heads, dim = r.head_dim, count = smaller(TILE, r.tokens - first);
   for (int64_t i = threadIdx.x; i < TILE * dim; i += THREADS) {
     const int64_t key = smaller(i / dim, count - 1);
-    s.keys[i / dim * (dim + 1) + i % dim] =
-        to_float(token_of<T>(r.keys, row, head % r.kv_heads, first + key)[i % dim]);
+    s.keys[i / dim * (dim + 1) + i % dim] = to_float(token_of<T>(r.keys, row, head % r.kv_heads, first + key)[i % dim]);
   }
 }
 

@@ -7,11 +7,11 @@ namespace {
 enum {
   THREADS = 128,
   WARPS = THREADS / WARP,
-  NUMBERS = 8,                 /* of a key or value that a thread takes at once */
-  LANES = 8,                   /* threads that share a key, or a strip of the values */
-  STRIP = LANES * NUMBERS,     /* channels: a head of Whisper's has 64 */
-  SHARERS = THREADS / LANES,   /* of the slots */
-  TOGETHER = 4,                /* slots of one sharer whose keys are on their way at once */
+  NUMBERS = 8,               /* of a key or value that a thread takes at once */
+  LANES = 8,                 /* threads that share a key, or a strip of the values */
+  STRIP = LANES * NUMBERS,   /* channels: a head of Whisper's has 64 */
+  SHARERS = THREADS / LANES, /* of the slots */
+  TOGETHER = 4,              /* slots of one sharer whose keys are on their way at once */
 };
 
 /* n <= NUMBERS numbers, zeros after them. */
@@ -254,10 +254,10 @@ template <class T> __global__ void __launch_bounds__(THREADS) evict(const struct
     for (int64_t s = threadIdx.x; s < live; s += THREADS) { /* those that this thread has scored */
       const int64_t position = positions[s];
       struct candidate next;
-      next.reluctance = position < pinned              ? PINNED
-                        : position > seen - e.recent   ? RECENT
-                        : scores[s] != scores[s]       ? NOT_A_NUMBER
-                                                       : EVICTABLE;
+      next.reluctance = position < pinned            ? PINNED
+                        : position > seen - e.recent ? RECENT
+                        : scores[s] != scores[s]     ? NOT_A_NUMBER
+                                                     : EVICTABLE;
       next.score = next.reluctance == EVICTABLE ? scores[s] : 0;
       next.age = (int32_t)(next.reluctance == PINNED ? -position : position);
       next.slot = (int32_t)s;

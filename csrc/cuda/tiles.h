@@ -121,7 +121,8 @@ template <class T> INLINE void multiply(float *const sums, const left_tile<T> &a
 #else
 #define MULTIPLY(T, name) \
   INLINE void multiply(float *const sums, const left_tile<T> &a, const right_tile<T> &b) { \
-    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32." name "." name ".f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, " \
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32." name "." name \
+                 ".f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, " \
                  "{%8, %9}, {%0, %1, %2, %3};" \
                  : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3]) \
                  : "r"(a.word[0]), "r"(a.word[1]), "r"(a.word[2]), "r"(a.word[3]), "r"(b.word[0]), "r"(b.word[1])); \
@@ -136,8 +137,8 @@ template <> struct left_tile<float> {
   const float *row[2]; /* of this lane's sums */
 };
 template <> struct right_tile<float> {
-  const float *column;     /* the first of this lane's two */
-  int along, across;       /* to the next number of a column, to the next column */
+  const float *column; /* the first of this lane's two */
+  int along, across;   /* to the next number of a column, to the next column */
 };
 
 INLINE void load(left_tile<float> *const to, const float *const from, const int stride, const int lane) {

@@ -35,7 +35,7 @@ def tune(
     """Find the fastest or smallest settings that keep the words of your own audio.
 
     Many settings are tried on a few recordings, the best on more. What is chosen is within both bounds by the whole of
-    its 95 % intervals. Prints the line of Python that sets it.
+    its 95 % intervals. Prints the lines of Python that set it.
     """
     with complaint("tune"):
         if out.suffix.lower() not in (".svg", ".png", ".pdf"):
@@ -83,7 +83,8 @@ def tune(
     print(f"\nThe best for {goal.value} within {bounds}: {found.setting.text}")
     if found.advice:
         print(found.advice)
-    print(f"\n    {found.python}\n")
+    names = [name for name in ("CrossConfig", "EvictionConfig", "patch") if f"{name}(" in found.python]
+    print(f"\n    from whisperkv import {', '.join(names)}\n\n    {found.python}\n")
     if found.options:
         print(f"    whisperkv transcribe {found.options} ...\n")
     if bad:

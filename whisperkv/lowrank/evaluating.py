@@ -49,8 +49,9 @@ def measure_cache_memory(
             raise ValueError(f"{name} must be a whole number of at least 1; got {value!r}")
     of = getattr(model, "lowrank", None)
     if isinstance(of, whisper_converting.WhisperLowRank):
-        sizes = whisper_converting.memory(model, sequence_length, batch_size)
-        return CacheMemory(*sizes, whisper_converting.measured(model, sequence_length, batch_size) if measure else None)
+        full, latent = whisper_converting.memory(model, sequence_length, batch_size)
+        held = whisper_converting.measured(model, sequence_length, batch_size) if measure else None
+        return CacheMemory(full, latent, held)
     layers = of.layers if isinstance(of, record.LowRank) else {}
     kind = architecture_of(model)
     rotary = kind.rotary(model)

@@ -97,7 +97,7 @@ def load_mla_model(folder: Any, device: Any = None) -> tuple[Any, Any]:
         model.generation_config = GenerationConfig.from_pretrained(folder)
     if device is not None:
         model.to(device)
-    if is_whisper:
+    if isinstance(of, whisper_converting.WhisperLowRank):
         of.patch(model)
         return model, whisper_converting.processor_at(folder)
     return model, tokenizer_at(folder) if (folder / "tokenizer_config.json").exists() else None

@@ -137,14 +137,14 @@ def _stretches(probabilities: Iterable[float]) -> Iterator[Stretch]:
 def _padded(stretches: Iterable[Stretch]) -> Iterator[tuple[Stretch, Stretch]]:
     """Each stretch after what is heard with it. Neighbours share what is between them."""
     free = 0  # nobody has been given what comes from here on
-    for stretch, following in pairwise(chain(stretches, [None])):
+    for stretch, following in pairwise(chain(stretches, [(0, 0)])):
         begin, end = stretch
         if begin == end:
             free = max(free, end - PAD)
             yield (free, free), stretch
             continue
         stop = end + PAD
-        if following and following[0] < following[1]:
+        if following[0] < following[1]:
             stop = min(stop, (end + following[0]) // 2)
         yield (max(begin - PAD, free), stop), stretch
         free = stop
