@@ -27,6 +27,11 @@ class Processors:
             is_ours = known
         return scores
 
+    @property
+    def keep_nothing(self):
+        """Whether the scores that they were given are nobody else's after a call."""
+        return all(known for known, _ in self._steps)
+
     def _made(self, scores):
         if type(self._processors) is not theirs.LogitsProcessorList:
             return [(False, self._processors)]

@@ -73,15 +73,15 @@ class Passes:
         self._names = None  # of what every step is given, once it is known to be the same
         self._outputs = model._prefill(input_ids, config, model_kwargs, is_first_iteration=not config.is_assistant)
 
-    def next_logits(self, ids):
-        """float32 [rows, vocabulary] of the tokens so far; they may be overwritten."""
+    def next_logits(self, ids, copy=True):
+        """float32 [rows, vocabulary] of the tokens so far; copies may be overwritten."""
         if self._outputs is None:
             self._outputs = self.model(**self._inputs(ids), return_dict=True)
         outputs, self._outputs = self._outputs, None
         self.model_kwargs = self.model._update_model_kwargs_for_generation(
             outputs, self.model_kwargs, is_encoder_decoder=True
         )
-        logits = outputs.logits[:, -1].to(copy=True, dtype=torch.float32, device=ids.device)
+        logits = outputs.logits[:, -1].to(copy=copy, dtype=torch.float32, device=ids.device)
         if self.wants_logits:
             self.logits += (logits.clone(),)
         if self.wants_attentions:
@@ -196,10 +196,14 @@ def _beam_search(model, input_ids, logits_processor, stopping_criteria, generati
     places = torch.full((audios, beams), -1, device=device)  # of what is finished
     is_finished = torch.zeros((audios, beams), dtype=torch.bool, device=device)
     may_improve = torch.ones((audios, 1), dtype=torch.bool, device=device)
+    likelihoods = None  # written into again where nobody else has them
 
     while True:
         length = ids.shape[1]
-        scores = processors(ids, passes.next_logits(ids).log_softmax(-1))
+        likelihoods = torch.log_softmax(passes.next_logits(ids, copy=False), -1, out=likelihoods)
+        scores = processors(ids, likelihoods)
+        if not processors.keep_nothing:
+            likelihoods = None
         if passes.wants_scores:
             passes.scores += (scores.clone(),)
         vocabulary = scores.shape[-1]
