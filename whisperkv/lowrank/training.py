@@ -21,7 +21,8 @@ class MLATrainer:
 
     tokenizer                 that of the model; a Whisper needs none
     euclidean_lr              of the matrices that make latents
-    riemannian_lr             of the orthonormal ones, that rebuild
+    riemannian_lr             of the orthonormal ones, that rebuild. All of a Whisper's are free, and those that rebuild
+                              are made orthonormal at the end
     use_distillation          learn to say what the model said before: of teacher_model, or of the model itself if it
                               was converted with store_original_weights=True. A Whisper always knows what it was
     use_reconstruction_loss   in its place: the likelihood of the text, and keys and values as they were, in the
@@ -56,6 +57,10 @@ class MLATrainer:
             raise ValueError(f"optimizer must be one of {', '.join(optimizers.NAMES)}; got {optimizer!r}")
         aims = Aims(use_distillation, use_reconstruction_loss, reconstruction_alpha)
         if isinstance(getattr(model, "lowrank", None), WhisperLowRank):
+            if optimizer != "adamw":
+                raise ValueError(
+                    f"optimizer must be 'adamw' for a Whisper, no matrix of which is bound; got {optimizer!r}"
+                )
             self._lessons: Any = WhisperLessons(model, aims, teacher_model)
         else:
             self._lessons = LanguageLessons(model, tokenizer, aims, teacher_model)

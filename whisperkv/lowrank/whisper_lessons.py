@@ -8,6 +8,7 @@ import hashlib
 from contextlib import contextmanager
 
 import torch
+from safetensors.torch import load as tensors_of
 from torch import nn
 from torch.nn import functional
 from transformers.modeling_outputs import BaseModelOutput
@@ -21,6 +22,7 @@ from ..transcription.audio import RATE
 from . import whisper_converting
 from .whisper_listening import FRAMES, windows_of
 
+PACE = 40.0  # so that MLATrainer's usual rate is a good one
 FAINT = 1e-3  # of the largest deviation: a channel that varies less counts for as much
 
 
@@ -47,7 +49,8 @@ class Own(Free):
         its = {name.removeprefix("self."): each[index] for name, each in tensors.items() if name.startswith("self.")}
         basis, root = its["basis"], its["root"]  # root [2, heads, head_dim, head_dim]
         lost, most = its["deviations"][rank:].square().mean().nan_to_num(0).sqrt(), its["deviations"][: basis.shape[1]]
-        units = lost.clamp(min=FAINT * float(most[0])) / most.clamp(min=FAINT * float(most[0]))
+        lost, most = (each.clamp(min=FAINT * float(most[0])) for each in (lost, most))
+        units = lost / most
         self.there, self.back = nn.Parameter(torch.zeros(rank, len(basis))), nn.Parameter(torch.zeros(len(basis), rank))
         weights = [project.weight.detach().float().cpu() for project in (attention.k_proj, attention.v_proj)]
         both, (heads, dim) = torch.cat(weights), root.shape[1:3]
@@ -57,8 +60,8 @@ class Own(Free):
         for name, buffer in {
             "down": basis[:, :rank].T,
             "up": its.get("back", basis)[:, :rank],
-            "units": units[:rank],
-            "spread": torch.eye(len(basis)) + basis * (units - 1) @ basis.T,
+            "units": PACE * units[:rank],
+            "spread": PACE * (torch.eye(len(basis)) + basis * (units - 1) @ basis.T),
             "weighed": (root @ both.view(2, heads, dim, -1)).view(both.shape),
             "inverse": its["inverse"],
             "mean": its["mean"],
@@ -97,7 +100,7 @@ class Heard(Free):
         self.places, errors = self.codes.places, tensors["cross.errors"]
         deviations = errors[0].sqrt()
         lost = float(errors[self.codes.bits.long(), self.places].mean().sqrt())
-        units = lost / deviations.clamp(min=FAINT * float(deviations.amax()))
+        units = PACE * lost / deviations.clamp(min=FAINT * float(deviations.amax()))
         self.there = nn.Parameter(torch.zeros(len(units), len(self.places)))
         self.back = nn.Parameter(torch.zeros(len(self.places), len(units)))
         self.register_buffer("units", units)
@@ -169,7 +172,13 @@ class WhisperLessons:
 
     def about(self, rows):
         """What tells a training from others."""
-        return self.record.to_dict(), _hash(self.record.calibration), [_hash(row.tobytes()) for row in rows], self._most
+        tensors = sorted(tensors_of(self.record.calibration).items())
+        return (
+            self.record.to_dict(),
+            [(name, _hash(tensor.numpy())) for name, tensor in tensors],
+            list(map(_hash, rows)),
+            self._most,
+        )
 
     @contextmanager
     def factors(self):
@@ -267,5 +276,5 @@ def logits_of(model, frames, tokens):
     return model(encoder_outputs=states, decoder_input_ids=tokens, use_cache=False).logits
 
 
-def _hash(data):
-    return hashlib.sha256(data).hexdigest()
+def _hash(numbers):
+    return hashlib.sha256(numbers.tobytes()).hexdigest()
