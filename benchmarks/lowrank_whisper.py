@@ -3,8 +3,8 @@
 A configuration is written   format [keep]
 for example                  "latent_int4" (as it is without a calibration), "calibrated_int3", "model 0.25" (the share
 of a token's keys and values that the self-attention's cache keeps), "calibrated_int3 0.25". "trained_int2 0.125" was
-taught by MLATrainer, in 2 bits and an eighth, --epochs times through what it was calibrated on; "trained 0.125" with the
-audio in 4 bits, and is measured with the audio as it is.
+taught by MLATrainer, in 2 bits and an eighth, --epochs times through what it was calibrated on; "trained 0.125" with
+the audio in 4 bits, and is measured with the audio as it is.
 
 The speakers are two halves. What is measured on one half was calibrated on the other: on its windows, and on every
 fifth of its utterances alone, whose padding is heard too. With --synthetic on speech by espeak-ng too.
