@@ -454,10 +454,10 @@ def test_steps_are_those_of_the_layers(calibrated, audio, weights, monkeypatch):
 
 def test_its_page(small, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    names = {"model": small, "recordings": [noise(0), noise(1)]}
+    names = {"model": small, "recordings": [noise(0), noise(1)], "more_recordings": [noise(2)]}
     for block in pages.blocks("docs/lowrank-whisper.md"):
         pages.run(block, names, "docs/lowrank-whisper.md")
-    assert names["model"] is not small and names["model"].lowrank.ratio == 4 and not hasattr(small, "lowrank")
+    assert names["model"] is not small and names["model"].lowrank.ratio == 8 and not hasattr(small, "lowrank")
 
 
 # Real weights

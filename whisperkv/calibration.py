@@ -119,8 +119,9 @@ def bits_of_blocks(errors, budget):
 class Codes:
     """How the encoder's output becomes codes of so many bits on average, and what layers make of it.
 
-    bits   float32 [channels], see mixed.py. Channels that are worth no bit are not there
-    shape  float32 [2, channels]: steps and leasts of channels whose deviation is 1
+    bits    float32 [channels], see mixed.py. Channels that are worth no bit are not there
+    places  int64 [channels]: which of all channels they are
+    shape   float32 [2, channels]: steps and leasts of channels whose deviation is 1
     """
 
     def __init__(self, tensors, bits):
@@ -132,7 +133,7 @@ class Codes:
         channels = (order[:, None] * ops.CHANNELS + torch.arange(ops.CHANNELS)).flatten()
         its = of_blocks[order].repeat_interleave(ops.CHANNELS)
         channels, its = channels[its > 0], its[its > 0]
-        self.bits = its.float()
+        self.bits, self.places = its.float(), channels
         deviations = tensors["cross.errors"][0, channels].sqrt().clamp(min=1e-9)
         self.shape = torch.stack([tensors[f"cross.{name}"][its, channels] for name in ("steps", "leasts")]) / deviations
         self.mean = tensors["cross.mean"]
@@ -206,12 +207,14 @@ class LowRank:
     def __init__(self, tensors, index, rank):
         self.rank = rank
         self._mean, self._basis = tensors["self.mean"][index].clone(), tensors["self.basis"][index][:, :rank].clone()
+        trained = tensors.get("self.back")  # MLATrainer's: what was found by a calibration goes back the way it came
+        self._back = self._basis if trained is None else trained[index][:, :rank].clone()
         self._root, self._inverse = tensors["self.root"][index].clone(), tensors["self.inverse"][index].clone()
         self._of, self._packed = None, {}
 
     @property
     def nbytes(self):
-        held = [self._mean, self._basis, self._root, self._inverse]
+        held = [self._mean, self._basis, self._back, self._root, self._inverse]
         if self._of is not None:
             held += self.down, self.down_bias, self.up, self.offset
             held += [tensor for made in self._packed.values() for tensor in made]
@@ -233,13 +236,12 @@ class LowRank:
         like, heads = weights[0], attention.num_heads
         width = like.shape[1]
         both = torch.stack([weight.double().cpu() for weight in weights])  # [2, width, width]
-        basis = self._basis.double()
 
         def by_head(matrices, x):  # of [2, heads, head_dim, head_dim] and [2 * width, n]
             return (matrices.double() @ x.view(2, heads, width // heads, -1)).view(2 * width, -1)
 
-        down = basis.T @ by_head(self._root, both.flatten(0, 1))
-        up = by_head(self._inverse, basis).view(2, heads, width // heads, self.rank)
+        down = self._basis.double().T @ by_head(self._root, both.flatten(0, 1))
+        up = by_head(self._inverse, self._back.double()).view(2, heads, width // heads, self.rank)
         mean, bias = self._mean.double(), attention.v_proj.bias
         offset = (both @ mean).view(2, heads, -1)
         if bias is not None:

@@ -36,9 +36,7 @@ def scales_of(frames, lengths, steps, leasts, group):
 def pack_mixed(frames, lengths, bits, scales, group):
     """uint8 [audios, 1, tiles, bytes], of frames float32 [audios, frames, channels]; lengths int32 [audios]."""
     audios, count, channels = frames.shape
-    step, least = _of_frames(scales, count, group)
-    codes = (frames - least) * (1 / step).where(step > 0, 0)
-    codes = codes.nan_to_num(0).add(0.5).clamp(min=0).minimum(2**bits - 0.5)
+    codes = _codes_of(frames, bits, *_of_frames(scales, count, group))
     heard = torch.arange(count, device=frames.device) < lengths[:, None]
     codes = torch.nn.functional.pad(codes.to(torch.uint8) * heard[..., None], (0, 0, 0, -count % TILE))
     quads = codes.view(audios, -1, TILE, channels // 4, 4).transpose(2, 3)  # 16 frames of 4 channels
@@ -56,6 +54,18 @@ def pack_mixed(frames, lengths, bits, scales, group):
                 below += plane
         parts.append(torch.cat(planes, -1).flatten(2))
     return torch.cat(parts, -1)[:, None]
+
+
+def rounded(frames, bits, scales, group):
+    """What frames [audios, frames, channels] are once they were packed and unpacked."""
+    step, least = _of_frames(scales, frames.shape[1], group)
+    return _codes_of(frames, bits, step, least).floor() * step + least
+
+
+def _codes_of(frames, bits, step, least):
+    """Before they are cut to whole numbers."""
+    codes = (frames - least) * (1 / step).where(step > 0, 0)
+    return codes.nan_to_num(0).add(0.5).clamp(min=0).minimum(2**bits - 0.5)
 
 
 def unpack_mixed(data, scales, bits, group, frames):

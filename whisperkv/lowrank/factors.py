@@ -32,6 +32,10 @@ class Factors(nn.Module):
         self.register_buffer("bias_values", torch.zeros(dim))
         self.codes = None if latents.widths is None else Codes(latents.widths)
 
+    def euclidean(self):
+        """The matrices that are free."""
+        return [self.down]
+
     def ups(self):
         """Of the orthonormal matrices: name -> the rows of down that belong to its columns."""
         if self.kind == "separate":

@@ -8,16 +8,16 @@ RETRACT_EVERY = 16  # steps
 
 
 class Matrices:
-    """The matrices of a converted model, each once: down as `euclidean`, the orthonormal ones as `orthonormal`."""
+    """The matrices of a converted model, each once: the free ones as `euclidean`, and the orthonormal ones."""
 
     def __init__(self, factors):
         self.factors = factors
-        downs, ups = {}, {}
+        free, ups = {}, {}
         for each in factors:
-            downs[id(each.down)] = each.down
+            free |= {id(matrix): matrix for matrix in each.euclidean()}
             for name in each.ups():
                 ups[id(getattr(each, name))] = getattr(each, name)
-        self.euclidean, self.orthonormal = list(downs.values()), list(ups.values())
+        self.euclidean, self.orthonormal = list(free.values()), list(ups.values())
 
     @property
     def all(self):

@@ -83,7 +83,7 @@ def record_of(model: Any) -> LowRank:
     if getattr(record, "architecture", None) == "whisper":
         raise ValueError(
             "this is for language models. A Whisper's latents take other settings by restore(model) and "
-            "convert_to_mla(model, ...) anew, and are not trained"
+            "convert_to_mla(model, ...) anew"
         )
     if not isinstance(record, LowRank):
         raise ValueError(f"{type(model).__name__} holds no latents: call whisperkv.lowrank.convert_to_mla(model) first")

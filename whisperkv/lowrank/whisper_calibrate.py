@@ -159,7 +159,7 @@ def scales_of(x):
 
 def of_self_attention(states, readings, rank):
     """Of each layer the directions of [keys; values] that cost most when they are lost."""
-    means, bases, roots, inverses = [], [], [], []
+    means, bases, deviations, roots, inverses = [], [], [], [], []
     for moments, reading in zip(states, readings):
         attention = reading.attention
         weights = [project.weight.detach().double().cpu() for project in (attention.k_proj, attention.v_proj)]
@@ -169,9 +169,11 @@ def of_self_attention(states, readings, rank):
         covariance = moments.covariance  # and a little in all directions: full rank must be all there is
         spread = torch.linalg.eigh(covariance + SPREAD * covariance.diagonal().mean() * torch.eye(width))
         half = spread.eigenvectors * spread.eigenvalues.clamp(min=0).sqrt()
-        bases.append(torch.linalg.svd(weighed @ half, full_matrices=False).U[:, :rank])
+        directions = torch.linalg.svd(weighed @ half, full_matrices=False)
+        bases.append(directions.U[:, :rank])
+        deviations.append(directions.S)
         means.append(moments.mean)
         roots.append(root)
         inverses.append(inverse)
-    named = {"self.mean": means, "self.basis": bases, "self.root": roots, "self.inverse": inverses}
-    return {name: torch.stack(tensors).float() for name, tensors in named.items()}
+    named = {"mean": means, "basis": bases, "deviations": deviations, "root": roots, "inverse": inverses}
+    return {f"self.{name}": torch.stack(tensors).float() for name, tensors in named.items()}

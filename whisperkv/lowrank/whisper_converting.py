@@ -1,6 +1,7 @@
 """convert_to_mla() of a Whisper: both its caches calibrated and patched in one call, and what a converted one is."""
 
 import tempfile
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import islice
 from os import PathLike
@@ -8,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
+from safetensors.torch import save
 
 from ..adoption import CacheAdoption
 from ..calibration import RANKS, rank_of
@@ -42,10 +45,23 @@ class WhisperLowRank:
     architecture: str = NAME
     originals: None = None  # nothing is taken out: restore() always works
 
-    def patch(self, model):
+    @contextmanager
+    def file(self):
+        """The calibration as a file, inside a `with`."""
         with tempfile.TemporaryDirectory() as folder:
             file = Path(folder, CALIBRATION)
             file.write_bytes(self.calibration)
+            yield file
+
+    def learn(self, tensors):
+        """Let others stand in the calibration."""
+        with self.file() as file, safe_open(file, "pt") as opened:
+            before = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+            about = opened.metadata()
+        self.calibration = save({**before, **tensors}, about)
+
+    def patch(self, model):
+        with self.file() as file:
             eviction = None if self.rank is None else EvictionConfig("all", keep=1 / self.ratio, calibration=file)
             patch(model, eviction, CrossConfig(f"latent_int{self.bits}", calibration=file))
         model.lowrank = self
@@ -151,7 +167,7 @@ def _recordings(audio, most):
     return [audio] if is_one(audio) else list(islice(audio, most))
 
 
-def _codes_of(model):
+def codes_of(model):
     """How the audio's latents become codes."""
     for hook in model.get_decoder()._forward_pre_hooks.values():
         if isinstance(hook, CacheAdoption) and hook.codes is not None:
@@ -188,7 +204,7 @@ def processor_at(path):
 def memory(model, tokens, audios):
     """(full, latent) bytes of both caches, after so many tokens of each of so many audios."""
     of, config = model.lowrank, model.config
-    codes = _codes_of(model)
+    codes = codes_of(model)
     most = config.max_target_positions
     if tokens > most:
         raise ValueError(f"sequence_length must be at most {most}, the tokens that this Whisper decodes; got {tokens}")
