@@ -198,8 +198,9 @@ def search(entries: "Sequence[Entry]", goal: str, bound: float, winner: str) -> 
     panel.set_ylabel("NLL beyond the unpatched model's")
     from matplotlib.ticker import FuncFormatter, NullFormatter
 
-    panel.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    panel.xaxis.set_minor_formatter(NullFormatter())
+    for axis in (panel.xaxis, panel.yaxis):
+        axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axis.set_minor_formatter(NullFormatter())
     figure.legend(loc="outside lower center", ncols=4, fontsize=9)
     return figure
 
