@@ -39,8 +39,8 @@ def python_of(environment):
 
 
 def random_model(name):
-    """(model, processor). What comes out are words alone, and never ends by itself: times would have the engines go back
-    in the audio, each in its own way."""
+    """(model, processor). What comes out are words alone, and never ends by itself: times would have the engines go
+    back in the audio, each in its own way."""
     width, encoder_layers, decoder_layers, heads, mels, vocabulary = RANDOM[name]
     base, processor = models.load("base")
     config = WhisperConfig(
