@@ -22,7 +22,7 @@ test: $(VENV)/.test
 
 # Only what touches transformers.
 FLOOR = adoption capture patch cache cross_cache graphs generate searches steps ctranslate2 config trim merge features \
-	prune prune_families prune_docs pruners lowrank lowrank_training
+	prune prune_families prune_docs pruners lowrank lowrank_training lowrank_lessons
 test-floor:
 	WHISPERKV_CUDA=off $(MAKE) test VENV=.venv-floor CONSTRAINTS=constraints-floor.txt TESTS="$(FLOOR:%=tests/test_%.py)"
 
