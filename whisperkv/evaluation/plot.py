@@ -196,8 +196,9 @@ def search(entries: "Sequence[Entry]", goal: str, bound: float, winner: str) -> 
     panel.set_yscale("symlog", linthresh=max(bound, 1e-4))
     panel.set_xlabel({"speed": "seconds", "memory": "bytes"}[goal] + ", as a share of the unpatched model's")
     panel.set_ylabel("NLL beyond the unpatched model's")
-    from matplotlib.ticker import FuncFormatter, NullFormatter
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
+    panel.xaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
     for axis in (panel.xaxis, panel.yaxis):
         axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         axis.set_minor_formatter(NullFormatter())
