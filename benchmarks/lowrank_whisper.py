@@ -13,7 +13,6 @@ NLL: nats a token of the full model's own greedy transcript, forced through the 
 interval is that of a paired bootstrap over the audios.
 """
 
-import re
 import tempfile
 from pathlib import Path
 
@@ -83,28 +82,23 @@ def halves(speeches):
     return [[i for i, speech in enumerate(speeches) if speakers.index(speech.speaker) % 2 == half] for half in (0, 1)]
 
 
-def heard_of(half, args):
-    """What is calibrated on, for what is measured on a half: windows and single utterances of the other, and all."""
-    windows, utterances = audio.windows(args.data), audio.utterances(args.data)
-    made = synthetic.recordings(MADE) if args.synthetic else []
-    alone = [utterances[i].samples for i in halves(utterances)[1 - half]]
-    return [windows[i].samples for i in halves(windows)[1 - half]] + alone[::ALONE] + made, alone + made
-
-
 def prepared(model, configs, folder, args):
     """{configuration: of each half the file that was made of the other}"""
     files = {config: [] for config in configs}
+    windows, utterances = audio.windows(args.data), audio.utterances(args.data)
+    made = synthetic.recordings(MADE) if args.synthetic else []
     for half in (0, 1):
-        heard, all_of_it = heard_of(half, args)
-        plain = calibrate(model, heard, Path(folder, f"{half}.safetensors"))
+        together = [windows[i].samples for i in halves(windows)[1 - half]]
+        alone = [utterances[i].samples for i in halves(utterances)[1 - half]]
+        plain = calibrate(model, together + alone[::ALONE] + made, Path(folder, f"{half}.safetensors"))
         for config in configs:
             files[config].append(plain)
             if not config.startswith("trained"):
                 continue
-            form, *keep = config.split()
-            bits, ratio = int((re.findall(r"\d", form) or [4])[0]), 1 / float(keep[0]) if keep else 1
-            lowrank.convert_to_mla(model, ratio, calibration=str(plain), cache_bits=bits, verbose=False)
-            lowrank.MLATrainer(model, None).train(all_of_it, args.epochs)
+            cross, low = parsed(config, plain).values()
+            ratio = 1 / low.keep if low else 1
+            lowrank.convert_to_mla(model, ratio, calibration=str(plain), cache_bits=cross.bits or 4, verbose=False)
+            lowrank.MLATrainer(model, None).train(alone + made, args.epochs)
             files[config][half] = Path(folder, f"{half} {config}.safetensors")
             files[config][half].write_bytes(model.lowrank.calibration)
             lowrank.restore(model)

@@ -9,6 +9,8 @@ beside transformers itself, on LibriSpeech joined to windows of up to 29.5 s, ea
 Greedy, no timestamps, English. Intervals are of 95 %, by a paired bootstrap over the windows.
 """
 
+import json
+
 import audio
 import models
 import tables
@@ -31,7 +33,13 @@ COLUMNS = {
 }  # fmt: skip
 
 
-def rows(results):
+def named(results, folder, name):
+    """What a result says of itself, by the model's name in place of where its weights lie, and without the texts."""
+    told = json.loads(json.dumps(results.to_dict()).replace(folder, name))
+    return {key: value for key, value in told.items() if key != "files"}
+
+
+def rows(results, folder, name):
     for each in results:
         low, high = each.wer_difference_interval or (None, None)
         yield {
@@ -46,7 +54,7 @@ def rows(results):
             "nll": each.nll,
             "loops": each.loops,
             "rtfx": each.rtfx,
-            "result": each.to_dict(),
+            "result": named(each, folder, name),
         }
 
 
@@ -58,17 +66,18 @@ def main(args):
     table, lines = tables.Table("original", COLUMNS, args), {}
     with tqdm(total=len(args.models) * len(SETTINGS) * (1 + args.repeat) * len(audios), unit="window") as progress:
         for name in args.models:
+            folder = str(args.base or models.base_folder()) if name == "base" else name
             results = evaluation.compare(
-                str(args.base or models.base_folder()) if name == "base" else name,
+                folder,
                 audios,
                 [each for each in SETTINGS if each != "unpatched"],
                 options,
                 lambda setting: progress.set_description(f"{name}: {SETTINGS[setting]}"),
                 progress.update,
             )
-            for row in rows(results):
+            for row in rows(results, folder, name):
                 table.add(model=name, **row)
-            lines |= results[-1].signatures
+            lines |= named(results[-1], folder, name)["signatures"]
     print(f"{table}\n")
     print("\n".join(f"    {line}" for line in lines.values()))
 

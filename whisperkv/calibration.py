@@ -50,6 +50,11 @@ def rank_of(keep, width):
     return max(round(keep * 2 * width / RANKS), 1) * RANKS
 
 
+def by_head(matrices, x):
+    """[2, heads, head_dim, head_dim] times keys and values, x [2 * width, n]."""
+    return (matrices @ x.view(*matrices.shape[:3], -1)).view(x.shape)
+
+
 def state_of(*weights):
     """What changes when they do."""
     some = [each for each in weights if each is not None]
@@ -236,12 +241,8 @@ class LowRank:
         like, heads = weights[0], attention.num_heads
         width = like.shape[1]
         both = torch.stack([weight.double().cpu() for weight in weights])  # [2, width, width]
-
-        def by_head(matrices, x):  # of [2, heads, head_dim, head_dim] and [2 * width, n]
-            return (matrices.double() @ x.view(2, heads, width // heads, -1)).view(2 * width, -1)
-
-        down = self._basis.double().T @ by_head(self._root, both.flatten(0, 1))
-        up = by_head(self._inverse, self._back.double()).view(2, heads, width // heads, self.rank)
+        down = self._basis.double().T @ by_head(self._root.double(), both.flatten(0, 1))
+        up = by_head(self._inverse.double(), self._back.double()).view(2, heads, width // heads, self.rank)
         mean, bias = self._mean.double(), attention.v_proj.bias
         offset = (both @ mean).view(2, heads, -1)
         if bias is not None:

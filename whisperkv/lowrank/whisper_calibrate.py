@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from ..calibration import KIND, MOST_BITS, VERSION, fingerprint, rank_of, shape_of
+from ..calibration import KIND, MOST_BITS, VERSION, by_head, fingerprint, rank_of, shape_of
 from .whisper_listening import FRAMES, Listening, check_model, windows_of
 
 MOST = 1 << 13  # frames of which the steps of codes are found
@@ -165,7 +165,7 @@ def of_self_attention(states, readings, rank):
         weights = [project.weight.detach().double().cpu() for project in (attention.k_proj, attention.v_proj)]
         both, width = torch.cat(weights), weights[0].shape[1]
         root, inverse = root_of(reading.costs / reading.queries)  # [2, heads, head_dim, head_dim]
-        weighed = (root @ both.view(*root.shape[:3], width)).view(2 * width, width)
+        weighed = by_head(root, both)
         covariance = moments.covariance  # and a little in all directions: full rank must be all there is
         spread = torch.linalg.eigh(covariance + SPREAD * covariance.diagonal().mean() * torch.eye(width))
         half = spread.eigenvectors * spread.eigenvalues.clamp(min=0).sqrt()

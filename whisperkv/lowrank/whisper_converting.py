@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save
+from safetensors.torch import load, save
 
 from ..adoption import CacheAdoption
 from ..calibration import RANKS, rank_of
@@ -56,9 +56,8 @@ class WhisperLowRank:
     def learn(self, tensors):
         """Let others stand in the calibration."""
         with self.file() as file, safe_open(file, "pt") as opened:
-            before = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
             about = opened.metadata()
-        self.calibration = save({**before, **tensors}, about)
+        self.calibration = save({**load(self.calibration), **tensors}, about)
 
     def patch(self, model):
         with self.file() as file:

@@ -4,7 +4,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from ..calibration import Codes
+from ..calibration import Codes, by_head
 from ..mixed import rounded, scales_of
 
 PACE = 40.0  # so that MLATrainer's usual rate is a good one
@@ -38,7 +38,7 @@ class Own(Free):
         units = lost / most
         self.there, self.back = nn.Parameter(torch.zeros(rank, len(basis))), nn.Parameter(torch.zeros(len(basis), rank))
         weights = [project.weight.detach().float().cpu() for project in (attention.k_proj, attention.v_proj)]
-        both, (heads, dim) = torch.cat(weights), root.shape[1:3]
+        both = torch.cat(weights)
         offset = both @ its["mean"]
         if attention.v_proj.bias is not None:
             offset[len(offset) // 2 :] += attention.v_proj.bias.detach().float().cpu()
@@ -47,7 +47,7 @@ class Own(Free):
             "up": its.get("back", basis)[:, :rank],
             "units": PACE * units[:rank],
             "spread": PACE * (torch.eye(len(basis)) + basis * (units - 1) @ basis.T),
-            "weighed": (root @ both.view(2, heads, dim, -1)).view(both.shape),
+            "weighed": by_head(root, both),
             "inverse": its["inverse"],
             "mean": its["mean"],
             "offset": offset,
@@ -62,8 +62,7 @@ class Own(Free):
         """Keys and values [..., width]."""
         down, up = self.matrices()
         latent = functional.linear(states.float() - self.mean, down @ self.weighed)
-        up = (self.inverse @ up.view(*self.inverse.shape[:3], -1)).view(up.shape)
-        return functional.linear(latent, up, self.offset).to(states.dtype).chunk(2, -1)
+        return functional.linear(latent, by_head(self.inverse, up), self.offset).to(states.dtype).chunk(2, -1)
 
     def learned(self):
         """The same with `up` orthonormal."""

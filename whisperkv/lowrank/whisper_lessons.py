@@ -13,13 +13,12 @@ from torch import nn
 from transformers.modeling_outputs import BaseModelOutput
 
 from ..calibration import Calibration
-from ..compat import CACHE, with_new_names
 from ..config import CrossConfig
 from ..patching import unpatch
 from ..transcription.audio import RATE
 from . import whisper_converting
 from .whisper_factors import Heard, Own
-from .whisper_listening import FRAMES, windows_of
+from .whisper_listening import FRAMES, begins, windows_of
 
 
 class Part(nn.Module):
@@ -130,12 +129,11 @@ class WhisperLessons:
     def _transcribed(self, frames):
         """Tokens [windows, length] of the teacher's transcripts, with what they begin with, and which of them but the
         first were said, ends among them, bool [windows, length - 1]."""
-        begins = []
+        starts = []
 
         def begin(_, args, kwargs):
-            cache = with_new_names(kwargs).get(CACHE)
-            if cache is None or cache.get_seq_length() == 0:
-                begins[:] = [args[0] if args else kwargs["input_ids"]]
+            if begins(kwargs):
+                starts[:] = [args[0] if args else kwargs["input_ids"]]
 
         handle = self.teacher.get_decoder().register_forward_pre_hook(begin, with_kwargs=True)
         try:
@@ -146,8 +144,8 @@ class WhisperLessons:
         ends = self.teacher.generation_config.eos_token_id
         ends = torch.isin(tokens, torch.tensor([] if ends is None else ends, device=tokens.device))
         said = ends.cumsum(1) - ends.long() == 0
-        before = said.new_zeros(len(said), begins[0].shape[1] - 1)
-        return torch.cat([begins[0], tokens], 1), torch.cat([before, said], 1)
+        before = said.new_zeros(len(said), starts[0].shape[1] - 1)
+        return torch.cat([starts[0], tokens], 1), torch.cat([before, said], 1)
 
     @contextmanager
     def _as_rebuilt(self, pairs):

@@ -83,6 +83,12 @@ class Listening:
             self.cross[index].add(cross, frames[0], False)
 
 
+def begins(given):
+    """Whether a pass of the decoder is the first over its cache."""
+    cache = with_new_names(given).get(CACHE)
+    return cache is None or cache.get_seq_length() == 0
+
+
 @contextmanager
 def recorded(decoder):
     """For each layer the inputs of both its attentions, a list of [tokens, width], since the last fresh cache."""
@@ -90,8 +96,7 @@ def recorded(decoder):
     handles = []
 
     def begin(_, args, kwargs):
-        cache = with_new_names(kwargs).get(CACHE)
-        if cache is None or cache.get_seq_length() == 0:
+        if begins(kwargs):
             for lists in asked:
                 for each in lists:
                     each.clear()
