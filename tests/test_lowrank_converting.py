@@ -5,16 +5,13 @@ import copy
 import pytest
 import torch
 from safetensors.torch import load as tensors_of
+from small_speech import noise
 
 from whisperkv import CrossConfig, EvictionConfig, lowrank, patch, stats, unpatch
 from whisperkv.calibration import Calibration
 from whisperkv.lowrank import calibrate, convert_to_mla, load_mla_model, measure_cache_memory, restore, save_mla_model
 
-RATE, MADE = 16_000, []
-
-
-def noise(seed):
-    return torch.randn(RATE, generator=torch.Generator().manual_seed(seed)).numpy()
+MADE = []
 
 
 @pytest.fixture

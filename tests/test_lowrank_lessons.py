@@ -6,21 +6,17 @@ import pytest
 import torch
 from killing import losses_when_killed
 from safetensors.torch import load as tensors_of
-from transformers import WhisperFeatureExtractor
+from small_speech import features_of, forced, noise
 
 from whisperkv import CrossConfig, EvictionConfig, patch, stats, unpatch
 from whisperkv.lowrank import MLATrainer, calibrate, convert_to_mla, load_mla_model, save_mla_model
 
-RATE, MADE = 16_000, []
+MADE = []
 LOSSES = {
     "distillation": {},
     "reconstruction": {"use_distillation": False, "use_reconstruction_loss": True},
     "likelihood": {"use_distillation": False},
 }
-
-
-def noise(seed, seconds=1.0):
-    return torch.randn(int(seconds * RATE), generator=torch.Generator().manual_seed(seed)).numpy()
 
 
 RECORDINGS = [noise(n, 0.3 + 0.1 * (n % 4)) for n in range(12)]
@@ -39,23 +35,6 @@ def converted_as(model, folder, ratio=8, bits=2):
     file = folder / "calibration.safetensors"
     file.write_bytes(MADE[0])
     return convert_to_mla(model, ratio, calibration=str(file), cache_bits=bits, verbose=False)[0]
-
-
-def features_of(*seeds):
-    extractor = WhisperFeatureExtractor(feature_size=8, chunk_length=1)
-    return extractor([noise(seed) for seed in seeds], sampling_rate=RATE, return_tensors="pt").input_features
-
-
-def logits_of(model, features, tokens):
-    """Of tokens that are fed one by one, through the caches."""
-    with torch.no_grad():
-        states, cache, logits = model.get_encoder()(features), None, []
-        for place in range(tokens.shape[1]):
-            step = tokens[:, place : place + 1]
-            output = model(encoder_outputs=states, decoder_input_ids=step, past_key_values=cache, use_cache=True)
-            cache = output.past_key_values
-            logits.append(output.logits[:, -1])
-    return torch.stack(logits, 1)
 
 
 def missed(model, windows=RECORDINGS[:6]):
@@ -89,9 +68,9 @@ def test_learns(converted, loss):
 
 def test_nothing_learned(converted):
     """A rate of 0 leaves the caches as they were."""
-    before = logits_of(converted, features_of(21, 22), torch.arange(3, 15).repeat(2, 1))
+    before = forced(converted, features_of(21, 22), torch.arange(3, 15).repeat(2, 1))
     train(converted, 1, euclidean_lr=0.0)
-    after = logits_of(converted, features_of(21, 22), torch.arange(3, 15).repeat(2, 1))
+    after = forced(converted, features_of(21, 22), torch.arange(3, 15).repeat(2, 1))
     assert torch.allclose(before, after, atol=1e-3)
 
 
@@ -104,7 +83,7 @@ def test_what_learns_is_what_decodes(small, converted):
     ends = small.generation_config.eos_token_id
     heard = heard[: heard.index(ends) + 1] if ends in heard else heard
     tokens = torch.tensor([[small.generation_config.decoder_start_token_id, *heard[:-1]]])
-    ours, theirs = (logits_of(each, features, tokens)[0].log_softmax(-1) for each in (converted, small))
+    ours, theirs = (forced(each, features, tokens)[0].log_softmax(-1) for each in (converted, small))
     want = torch.nn.functional.kl_div(ours, theirs, reduction="batchmean", log_target=True)
     assert loss == pytest.approx(float(want), rel=0.1) and loss > 1e-3
 
@@ -131,18 +110,18 @@ def test_files(converted, tmp_path):
     save_mla_model(converted, None, tmp_path / "folder")
     loaded, _ = load_mla_model(tmp_path / "folder")
     features, tokens = features_of(21, 22), torch.arange(3, 15).repeat(2, 1)
-    want = logits_of(converted, features, tokens)
-    assert torch.equal(logits_of(loaded, features, tokens), want)
+    want = forced(converted, features, tokens)
+    assert torch.equal(forced(loaded, features, tokens), want)
     file = tmp_path / "folder" / "calibration.safetensors"
     patch(
         unpatch(loaded),
         EvictionConfig("all", keep=1 / 8, calibration=file),
         CrossConfig("latent_int2", calibration=file),
     )
-    assert torch.equal(logits_of(loaded, features, tokens), want)
+    assert torch.equal(forced(loaded, features, tokens), want)
     with pytest.raises(ValueError, match="was calibrated up to 16: use 0.125 or less"):
         patch(unpatch(loaded), EvictionConfig("all", keep=0.25, calibration=file))
-        logits_of(loaded, features, tokens)
+        forced(loaded, features, tokens)
 
 
 def run(folder, checkpoint):
@@ -177,7 +156,7 @@ def test_interrupted(converted, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         train(converted)
     assert converted.lowrank.calibration != first
-    logits_of(converted, features_of(21), torch.arange(3, 9)[None])
+    forced(converted, features_of(21), torch.arange(3, 9)[None])
     assert stats(converted).self_bytes < stats(converted).self_bytes_transformers / 2
 
 

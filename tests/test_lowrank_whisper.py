@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from transformers import WhisperFeatureExtractor
+from small_speech import RATE, features_of, forced, noise
 
 from whisperkv import CrossConfig, EvictionConfig, patch, stats, unpatch
 from whisperkv.calibration import Calibration, bits_of_blocks, fingerprint
@@ -22,11 +22,7 @@ from whisperkv.lowrank import (
 )
 from whisperkv.lowrank.whisper_listening import Listening
 
-RATE, MADE = 16_000, []
-
-
-def noise(seed, seconds=1):
-    return torch.randn(seconds * RATE, generator=torch.Generator().manual_seed(seed)).numpy()
+MADE = []
 
 
 @pytest.fixture
@@ -44,27 +40,12 @@ def calibrated(small, tmp_path):
 @pytest.fixture(scope="module")
 def audio():
     """Features of noise that no calibration has heard."""
-    extractor = WhisperFeatureExtractor(feature_size=8, chunk_length=1)
-    return extractor([noise(n) for n in (7, 8, 9)], sampling_rate=RATE, return_tensors="pt").input_features
+    return features_of(7, 8, 9)
 
 
 def generate(model, audio, **options):
     with torch.no_grad():
         return model.generate(audio, **{"do_sample": False, "max_new_tokens": 20, **options})
-
-
-def forced(model, audio, tokens):
-    """Logits of tokens that are fed one by one."""
-    with torch.no_grad():
-        states, cache, logits = model.get_encoder()(audio), None, []
-        for place in range(tokens.shape[1]):
-            output = model(
-                encoder_outputs=states, decoder_input_ids=tokens[:, place : place + 1], past_key_values=cache,
-                use_cache=True,
-            )  # fmt: skip
-            cache = output.past_key_values
-            logits.append(output.logits[:, -1])
-    return torch.stack(logits, 1)
 
 
 def own(file, keep=0.5, policy="all", **options):
