@@ -26,7 +26,7 @@ WKV_PLACE int64_t wkv_place_of_codes(int bits, int64_t channels, int64_t frame, 
  * the lowest bits of a code, the next one those above. A plane of so many bits is so many pieces of 64 bytes, like
  * those of 8 or 4 bits: frame by frame four bytes, each with the same frame's codes of channels four apart, the first
  * lowest. */
-enum { WKV_PIECE = WKV_TILE * 4 };
+enum { WKV_PIECE = WKV_TILE * 4, WKV_STRIP = WKV_CHANNELS / 2 };
 
 /* Bytes of a block in a tile. */
 WKV_PLACE int64_t wkv_bytes_of_block(int bits) { return (int64_t)bits * WKV_PIECE; }

@@ -209,7 +209,7 @@ def cross_attention_in_bytes(
     """The same of a packed cache with the roundings of the kernels, in float64: in each block of frames the query,
     times the steps of the keys, becomes bytes, and so do the weights. Codes count from the middle, which is added
     exactly."""
-    dim, block = query.shape[-1], min(group, 128 if keys.dim() == 4 else 256)
+    dim, block = query.shape[-1], min(group, 256)
     both = read_both(keys, values, key_scales, value_scales, frames, group)
     output, weights = torch.zeros(query.shape, dtype=torch.float64), torch.zeros(*query.shape[:3], frames)
     for row, audio in enumerate(owner.tolist()):

@@ -7,6 +7,17 @@
 
 enum { NARROW = 64 }; /* channels of a head of every Whisper */
 
+/* What products of codes are worth: offset + unit * (products - those of the middles, which have this sum). */
+struct line {
+  float offset, unit;
+  int32_t sum;
+};
+
+/* A block of channels of mixed bits: how many, and where it begins in a tile. */
+struct place {
+  int64_t bits, byte;
+};
+
 /* One part, head and range of frames being worked on. Queries are those of the part, counted from 0. */
 struct work {
   const struct wkv_cross_attention *a;
@@ -26,15 +37,18 @@ struct work {
   uint32_t *rounded_exponentials; /* [queries, WKV_BLOCK / 2], two frames in each */
   /* of a packed cache */
   const float *key_scales, *value_scales;
-  float *folded;         /* [channels]: a query times the steps of the keys */
-  int32_t *query_codes;  /* [queries, channels / 4], four channels in each */
-  int32_t *weight_codes; /* [queries, WKV_BLOCK / 4], four frames in each, then zeros */
-  int32_t *weight_lanes; /* [queries, WKV_BLOCK / 4, 4], each of these four times over */
-  /* of mixed bits, which are unpacked a block of frames at a time; keys and values are then what was unpacked */
-  const uint8_t *mixed;      /* of this head of this audio */
-  const float *mixed_scales; /* [groups, 2, channels] */
-  uint8_t *unpacked;         /* codes of 8 bits */
-  float *unpacked_scales;    /* [2, channels]: of the block */
+  float *middles; /* [channels]: half of how many codes there are. They are multiplied less it, which is added
+                   * back exactly, so that rounding errors of queries and weights meet small numbers */
+  struct line lines[WKV_TOGETHER]; /* of the queries, in the group that the block is of */
+  float *folded;                   /* [channels]: a query times the steps of the keys */
+  int32_t *query_codes;            /* [queries, channels / 4], four channels in each */
+  int32_t *weight_codes;           /* [queries, WKV_BLOCK / 4], four frames in each, then zeros */
+  int32_t *weight_lanes;           /* [queries, WKV_BLOCK / 4, 4], each of these four times over */
+  int64_t tile_bytes;              /* from one tile to the next */
+  struct place *places;            /* of mixed bits: of each block of channels */
+  /* of the block of frames, if the cache is packed */
+  const uint8_t *key_codes, *value_codes;
+  const float *key_steps, *value_steps; /* [2, channels]: steps, leasts */
 };
 
 /* Logits of a block become exponentials; the sums so far are to shrink whenever it holds a larger one. */

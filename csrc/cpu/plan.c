@@ -107,12 +107,11 @@ void wkv_cross_plan(struct wkv_cross_attention *const a) {
 
 size_t wkv_cross_scratch(const struct wkv_cross_attention *const a) {
   const size_t channels = (size_t)wkv_round_up(a->head_dim, WKV_CHANNELS);
-  /* Of a packed cache, which needs most: queries, logits, one query with the steps folded in, the codes of queries and
-   * weights, and those of weights four times over. */
-  const size_t packed = sizeof(float) * (WKV_TOGETHER * (channels + WKV_BLOCK) + channels) +
-                        WKV_TOGETHER * (channels + WKV_BLOCK) + sizeof(int32_t) * WKV_TOGETHER * WKV_BLOCK;
-  /* Of mixed bits also a block of unpacked codes and their scales. */
-  return packed + (a->bits == WKV_MIXED ? channels * (WKV_BLOCK + 2 * sizeof(float)) : 0);
+  /* Of a packed cache, which needs most: queries, logits, the middles of codes, one query with the steps folded in, the
+   * codes of queries and weights, those of weights four times over, and where blocks of mixed bits begin. */
+  return sizeof(float) * (WKV_TOGETHER * (channels + WKV_BLOCK) + 2 * channels) +
+         WKV_TOGETHER * (channels + WKV_BLOCK) + sizeof(int32_t) * WKV_TOGETHER * WKV_BLOCK +
+         2 * sizeof(int64_t) * (channels / WKV_CHANNELS);
 }
 
 /* ---- pruned caches ---- */

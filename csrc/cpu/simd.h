@@ -196,6 +196,15 @@ INLINE void store_in_order(const enum wkv_dtype dtype, void *const p, const vf x
 
 /* ---- bytes ---- */
 
+/* The lowest of each lane. */
+INLINE vb lowest_bytes(const vi x) {
+#ifdef __AVX512F__
+  return (vb)_mm512_cvtepi32_epi8((__m512i)x);
+#else
+  return __builtin_convertvector(x, vb);
+#endif
+}
+
 /* Each 32 bit lane: the products of its two 16 bit numbers, added up. */
 INLINE vi multiply_16(const vi a, const vi b) {
 #if defined(__AVX512BW__)
@@ -351,16 +360,34 @@ INLINE vf sum_channels(vf x[W / 4]) {
   return x[0];
 }
 
-INLINE float sum_of(const vf x) {
-  float sum = x[0];
+INLINE float sum_of(vf x) {
+#if W > 8
+  x = fold_8(x, x);
+#endif
+#if W > 4
+  x = fold_4(x, x);
+#endif
+  x = fold_2(x, x);
+  return fold_1(x, x)[0];
+}
+
+INLINE int32_t sum_of_integers(const vi x) {
+  int32_t sum = x[0];
   for (int i = 1; i < W; i++) sum += x[i];
   return sum;
 }
 
-INLINE float largest_of(const vf x) {
-  float largest = x[0];
-  for (int i = 1; i < W; i++) largest = x[i] > largest ? x[i] : largest;
-  return largest;
+#define LARGER(x, h) larger(SHUFFLE(x, x, LANES(FIRST, h)), SHUFFLE(x, x, LANES(SECOND, h)))
+
+INLINE float largest_of(vf x) {
+#if W > 8
+  x = LARGER(x, 8);
+#endif
+#if W > 4
+  x = LARGER(x, 4);
+#endif
+  x = LARGER(x, 2);
+  return LARGER(x, 1)[0];
 }
 
 /* exp(x) for x <= 0, to 1e-7 of its value (the polynomial is that of Cephes); 0 below -87, where floats grow
