@@ -44,11 +44,6 @@ def drawn_frames(bits, draw, audios, frames):
     return torch.randn(audios, frames, len(bits), generator=draw) * spread + middle, bits
 
 
-def scales_of(frames, lengths, bits, group):
-    """Those of codes that reach over 2.5 deviations on either side."""
-    return mixed.scales_of(frames, lengths, 5 / (2**bits - 1), torch.full_like(bits, -2.5), group)
-
-
 def mixed_problem(bits, rows=4, tokens=6, frames=90, audios=2, dtype=torch.float32, seed=0, biased=False, group=256):
     """As test_cross_ops has it, over codes of mixed bits that say the same."""
     channels = ops.CHANNELS * len(bits)
@@ -58,7 +53,7 @@ def mixed_problem(bits, rows=4, tokens=6, frames=90, audios=2, dtype=torch.float
     states, its = drawn_frames(bits, torch.Generator().manual_seed(seed + 1), audios, frames)
     for audio, length in enumerate(given["lengths"]):
         states[audio, length:] = torch.nan  # whoever reads it is found out
-    scales = scales_of(states, given["lengths"], its, group)
+    scales = mixed.scales_of(states, given["lengths"], its, group)
     codes = pack_mixed(states, given["lengths"], its, scales, group)
     return given | dict(keys=codes, values=codes, key_scales=scales, value_scales=its, states=states)
 
@@ -193,7 +188,7 @@ def step_problem(bits, rank, **sizes):
     normal = lambda *shape: torch.randn(shape, generator=draw) / shape[-1] ** 0.5  # noqa: E731
     channels, layers = ops.CHANNELS * len(bits), len(given["weights"]) // parts
     frames, its = drawn_frames(bits, draw, len(given["lengths"]), given["frames"])
-    scales = scales_of(frames, given["lengths"], its, given["group"])
+    scales = mixed.scales_of(frames, given["lengths"], its, given["group"])
     codes = pack_mixed(frames, given["lengths"], its, scales, given["group"])
     weights, caches = list(given["weights"]), list(given["caches"])
     for layer in range(layers):
@@ -222,7 +217,7 @@ def test_every_instruction_set(isa):
 def test_packing_is_what_the_twin_unpacks():
     frames, bits = drawn_frames((8, 7, 6, 5, 4, 3, 2, 1, 3), torch.Generator().manual_seed(0), 2, 37)
     lengths = torch.tensor([37, 20]).int()
-    scales = scales_of(frames, lengths, bits, 32)
+    scales = mixed.scales_of(frames, lengths, bits, 32)
     codes = pack_mixed(frames, lengths, bits, scales, 32)
     assert codes.shape == (2, 1, 3, tile_bytes(bits)) and codes.nbytes == 2 * 3 * 16 * 32 * 39 // 8
     got = reference.unpack_mixed(codes, bits, 37)[:, 0]
@@ -234,9 +229,21 @@ def test_packing_is_what_the_twin_unpacks():
     apart = (unpacked - near).abs() / step[:, 0].clamp(min=1e-9)
     assert apart[0].max() < 0.51 and apart[1, :20].max() < 0.51
     assert not scales[1, :, 1:].any()  # of no frames
-    few, one = frames[1, :20], scales[1, 0, 0]
-    torch.testing.assert_close(one[0] * (2**bits - 1) / 5, few.std(0, correction=0))
-    torch.testing.assert_close(one[1], few.mean(0) - 2.5 * few.std(0, correction=0))
+    for x, scale in ((frames[0, :32], scales[0, 0, 0]), (frames[1, :20], scales[1, 0, 0])):
+        torch.testing.assert_close(scale, best_scale(x.double(), bits).float())
+
+
+def best_scale(x, bits):
+    """Step and least [2, channels] of a group of frames, of three widths those that lose least in the eighth power."""
+    low, high, tried = x.amin(0), x.amax(0), []
+    for width in (1, 0.75, 0.5):
+        half = width * (high - low) / 2
+        scale = torch.stack([2 * half / (2**bits - 1), (low + high) / 2 - half])
+        codes = ((x - scale[1]) / scale[0]).round().clamp(min=0).minimum(2**bits - 1)
+        tried.append(((codes * scale[0] + scale[1] - x) ** 8, scale))
+    lost = torch.stack([each.sum(0) for each, _ in tried])
+    assert set(lost.argmin(0).tolist()) == {0, 1, 2}
+    return torch.stack([scale for _, scale in tried])[lost.argmin(0), :, torch.arange(len(bits))].T
 
 
 def test_a_frame_that_is_no_number_spoils_no_other():
@@ -244,7 +251,7 @@ def test_a_frame_that_is_no_number_spoils_no_other():
     spoilt = frames.clone()
     spoilt[0, 3, 5], spoilt[0, 7, 40] = torch.nan, torch.inf
     lengths = torch.tensor([20]).int()
-    scales = scales_of(spoilt, lengths, bits, 256)
+    scales = mixed.scales_of(spoilt, lengths, bits, 256)
     one, other = (
         unpack_mixed(pack_mixed(x, lengths, bits, scales, 256), scales, bits, 256, 20) for x in (frames, spoilt)
     )

@@ -1,7 +1,7 @@
 """What low-rank caches need to know of a model: read from the file that whisperkv.lowrank.calibrate() writes.
 
-Of the encoder's output, a basis in which its channels are sorted by what they say, and for each number of bits the
-steps of their codes and what these lose. Of the self-attention of each layer, the directions in which a token's keys
+Of the encoder's output, a basis in which its channels are sorted by what they say, and for each number of bits what
+codes of so many lose. Of the self-attention of each layer, the directions in which a token's keys
 and values vary, the most telling ones first. Any number of bits and any rank comes from the same file.
 """
 
@@ -126,7 +126,6 @@ class Codes:
 
     bits    float32 [channels], see mixed.py. Channels that are worth no bit are not there
     places  int64 [channels]: which of all channels they are
-    shape   float32 [2, channels]: steps and leasts of channels whose deviation is 1
     """
 
     def __init__(self, tensors, bits):
@@ -139,8 +138,6 @@ class Codes:
         its = of_blocks[order].repeat_interleave(ops.CHANNELS)
         channels, its = channels[its > 0], its[its > 0]
         self.bits, self.places = its.float(), channels
-        deviations = tensors["cross.errors"][0, channels].sqrt().clamp(min=1e-9)
-        self.shape = torch.stack([tensors[f"cross.{name}"][its, channels] for name in ("steps", "leasts")]) / deviations
         self.mean = tensors["cross.mean"]
         self._there = tensors["cross.there"][:, channels].contiguous()  # [width, channels]
         self._back = tensors["cross.back"][channels].contiguous()  # [channels, width]
@@ -156,7 +153,7 @@ class Codes:
 
     @property
     def nbytes(self):
-        own = self.bits, self.shape, self.mean, self._there, self._back, *(bias for _, bias in self._biases.values())
+        own = self.bits, self.mean, self._there, self._back, *(bias for _, bias in self._biases.values())
         return sum(each.nbytes for each in own) + sum(each.nbytes for both in self._packed.values() for each in both)
 
     def rotated(self, states):

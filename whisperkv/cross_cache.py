@@ -112,7 +112,7 @@ class MixedMatrix:
     def of(cls, states, lengths, codes, group):
         """From states [audios, frames, width]."""
         frames, bits = codes.rotated(states), codes.bits.to(states.device)
-        scales = scales_of(frames, lengths, *codes.shape.to(states.device), group)
+        scales = scales_of(frames, lengths, bits, group)
         return cls(pack_mixed(frames, lengths, bits, scales, group), scales, bits, codes)
 
     @property

@@ -11,7 +11,7 @@ import torch
 from ..calibration import KIND, MOST_BITS, VERSION, by_head, fingerprint, rank_of, shape_of
 from .whisper_listening import FRAMES, Listening, check_model, windows_of
 
-MOST = 1 << 13  # frames of which the steps of codes are found
+MOST = 1 << 13  # frames of which is found what codes lose
 SIZES = 40  # of steps that are tried
 LEAST = 1e-6  # of the largest cost: below, a direction counts for as much
 SPREAD = 1e-4  # of what states vary on average: so much they do in every direction
@@ -130,19 +130,14 @@ def of_cross_attention(frames, readings):
     vectors = vectors.flip(1)
     there, back, mean = root @ vectors, vectors.T @ inverse, frames.mean
     some = (torch.cat(frames.some) - mean.float()) @ there.float()
-    steps, leasts, errors = scales_of(some)
-    return {
-        "cross.mean": mean.float(), "cross.there": there.float(), "cross.back": back.float(),
-        "cross.steps": steps, "cross.leasts": leasts, "cross.errors": errors,
-    }  # fmt: skip
+    named = {"mean": mean, "there": there, "back": back, "errors": errors_of(some)}
+    return {f"cross.{name}": tensor.float() for name, tensor in named.items()}
 
 
-def scales_of(x):
-    """Of x [frames, channels]: for each number of bits, float32 [MOST_BITS + 1, channels], the steps and leasts whose
-    codes lose least, and how much."""
+def errors_of(x):
+    """Of x [frames, channels]: what the best codes of each number of bits lose, float32 [MOST_BITS + 1, channels]."""
     low, high, deviation = x.amin(0), x.amax(0), x.std(0, correction=0)
     middle = (low + high) / 2
-    steps, leasts = torch.ones(MOST_BITS + 1, x.shape[1]), torch.zeros(MOST_BITS + 1, x.shape[1])
     errors = torch.full((MOST_BITS + 1, x.shape[1]), torch.inf)
     errors[0] = x.square().mean(0)
     for bits in range(1, MOST_BITS + 1):
@@ -151,10 +146,8 @@ def scales_of(x):
             half = torch.maximum((high - low) / 2 * share, deviation * 1e-3).clamp(min=1e-12)
             step, least = 2 * half / levels, middle * share - half
             error = (((x - least) / step).round_().clamp_(0, levels) * step + least).sub_(x).square_().mean(0)
-            better = error < errors[bits]
-            for kept, tried in ((steps, step), (leasts, least), (errors, error)):
-                kept[bits] = torch.where(better, tried, kept[bits])
-    return steps, leasts, errors
+            errors[bits] = torch.minimum(errors[bits], error)
+    return errors
 
 
 def of_self_attention(states, readings, rank):

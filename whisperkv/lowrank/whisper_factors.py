@@ -102,8 +102,8 @@ class Heard(Free):
         frames = (states.float() - self.all_mean) @ there
         lengths = torch.full((len(frames),), frames.shape[1], device=frames.device)
         with torch.no_grad():
-            bits, shape = self.codes.bits.to(frames.device), self.codes.shape.to(frames.device)
-            scales = scales_of(frames, lengths, *shape, self.group)
+            bits = self.codes.bits.to(frames.device)
+            scales = scales_of(frames, lengths, bits, self.group)
             lost = rounded(frames, bits, scales, self.group) - frames
         return ((frames + lost) @ back + self.all_mean).to(states.dtype)
 
