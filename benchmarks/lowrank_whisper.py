@@ -46,7 +46,6 @@ CONFIGS = [
 QUICK = ["full", "latent_int4", "calibrated_int3 0.25"]
 SETS = {"windows": audio.windows, "utterances": audio.utterances}
 ALONE = 5  # every so-many-th utterance is heard alone
-MADE = 2  # and every so-many-th passage of the synthesizer's
 
 COLUMNS = {
     "model": ("model", ""),
@@ -86,7 +85,7 @@ def prepared(model, configs, folder, args):
     """{configuration: of each half the file that was made of the other}"""
     files = {config: [] for config in configs}
     windows, utterances = audio.windows(args.data), audio.utterances(args.data)
-    made = synthetic.recordings(MADE) if args.synthetic else []
+    made = synthetic.recordings(args.synthetic) if args.synthetic else []
     for half in (0, 1):
         together = [windows[i].samples for i in halves(windows)[1 - half]]
         alone = [utterances[i].samples for i in halves(utterances)[1 - half]]
@@ -185,7 +184,10 @@ def arguments():
     parser = tables.arguments(__doc__)
     parser.add_argument("--sets", nargs="+", default=list(SETS), choices=SETS, metavar="SET", help="of %(choices)s")
     parser.add_argument("--configs", nargs="+", metavar="CONFIG", help="see above (default: all that are of interest)")
-    parser.add_argument("--synthetic", action="store_true", help="calibrate and train on espeak-ng's speech too")
+    parser.add_argument(
+        "--synthetic", type=int, nargs="?", const=2, metavar="EVERY",
+        help="calibrate and train on speech by espeak-ng too: on each EVERY-th of its passages (default: 2)",
+    )  # fmt: skip
     parser.add_argument("--epochs", type=int, default=3, help="of training (default: %(default)s)")
     parser.add_argument("--batch", type=int, default=6, help="audios decoded together (default: 6)")
     return parser
